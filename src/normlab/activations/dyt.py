@@ -1,0 +1,94 @@
+"""Dynamic tanh (Zhu, Chen, He, LeCun & Liu 2025, arXiv 2503.10622)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from normlab.core.card import Card
+from normlab.kernels.squash import squash
+
+
+class DynamicTanh(nn.Module):
+    """y = γ·tanh(α·x) + β: no statistics, so that every element stands alone.
+
+    α is one learned number, γ and β are per channel. Source: Zhu, Chen, He, LeCun & Liu 2025,
+    arXiv 2503.10622.
+
+    Args:
+        num_channels: C.
+        alpha: Initial α.
+        affine: Whether there are γ and β.
+        channel_dim: 1, or −1 for (…, C).
+
+    Shape:
+        (N, C, *) → (N, C, *).
+
+    Raises:
+        ValueError: If x has another number of channels.
+
+    Example:
+        >>> DynamicTanh(8)
+        DynamicTanh(8, alpha=0.5)
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, num_channels: int, alpha: float = 0.5, affine: bool = True, *, channel_dim: int = 1
+    ) -> None:
+        super().__init__()
+        if channel_dim not in (1, -1):
+            raise ValueError(f"channel_dim is 1 or -1; received {channel_dim}")
+        self.num_channels, self.initial_alpha, self.channel_dim = num_channels, alpha, channel_dim
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        self.weight = nn.Parameter(torch.ones(num_channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_channels)) if affine else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Squash x; a mask only sets the positions where it is false to 0."""
+        if x.ndim < 2 or x.shape[self.channel_dim] != self.num_channels:
+            raise ValueError(
+                f"{self} has {self.num_channels} channels on axis {self.channel_dim}; "
+                f"received shape {tuple(x.shape)}"
+            )
+        shape = [1] * x.ndim
+        shape[self.channel_dim] = -1
+        weight, bias = (None if p is None else p.view(shape) for p in (self.weight, self.bias))
+        y = squash(x, self.alpha, weight, bias)
+        return y if mask is None else y.masked_fill(~mask.unsqueeze(self.channel_dim), 0)
+
+    def extra_repr(self) -> str:
+        """Print the options."""
+        return f"{self.num_channels}, alpha={self.initial_alpha}"
+
+
+def reference(x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """The formula, with tanh from exponentials."""
+    e = torch.exp(-2 * parameters["alpha"] * x.movedim(1, -1))
+    y = (1 - e) / (1 + e) * parameters["weight"] + parameters["bias"]
+    return y.movedim(-1, 1)
+
+
+CARD = Card(
+    name="dyt",
+    title="Dynamic tanh",
+    authors="Zhu, Chen, He, LeCun & Liu",
+    year=2025,
+    arxiv="2503.10622",
+    site="activation",
+    formula="y = γ·tanh(α·x) + β",
+    pattern="none: every element stands alone",
+    operation="squash",
+    statistics="none",
+    recovery="affine per channel",
+    layer=DynamicTanh,
+    reference=reference,
+    limits=("does not control the scale of what is small", "α depends on width and learning rate"),
+    use_when="Transformers, in place of layer normalization, where reductions are costly.",
+    avoid_when="Convolutional networks made for batch normalization.",
+    source="code",
+)

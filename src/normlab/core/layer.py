@@ -1,0 +1,406 @@
+"""The layer: y = Ψ ∘ Π⁻¹ ∘ Φ ∘ Π (x), with stored statistics."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from normlab.core import statistics as st
+from normlab.core.operation import LearnedEps, Operation
+from normlab.core.partition import Layout, PartitionError, partition
+from normlab.core.recovery import Affine
+from normlab.kernels import dispatch
+from normlab.kernels.dropout import dropout
+from normlab.kernels.reference import Moments, Spec, deviation, moments
+
+
+class Normalize(nn.Module):
+    """A normalization layer from its four parts; every named layer is one of these.
+
+    y = dropout(a(γ·x̂ + β)), x̂ = (x − s·μ)/D with statistics μ and D of each area.
+
+    Shape:
+        x: (N, C, *positions) or (N, *positions, C), any number of positions axes, none included.
+        mask: (N, *positions), True where valid. Statistics leave out the other positions, which
+            come out as 0 and get no gradient.
+        y: As x, in the dtype of x.
+
+    Args:
+        num_channels: C.
+        pattern: Π, see `normlab.core.partition`.
+        operation: Φ: `Center`, `Scale` or `Standardize`.
+        statistics: `Current` (default), `Running` or `Renormalized`.
+        recovery: Ψ: `Affine` (default) or `NoRecovery`.
+        channel_dim: 1 or −1.
+        groups: Length of the axis g of a pattern with ``(g c)``.
+        batch_size: Length of the axis n of a pattern with ``(b n)``. A batch that it does not
+            divide is split into ⌈N/batch_size⌉ parts of nearly equal size.
+
+    Attributes:
+        use: Which statistics are used: ``"auto"`` (the batch's in training, the stored ones in
+            evaluation), ``"batch"`` or ``"stored"``. Survives `train` and `eval`.
+        update: Whether a forward pass updates the stored statistics: ``"auto"`` (in training),
+            True, False or ``"accumulate"`` (pool until `commit`). Survives `train` and `eval`.
+        skipped_updates: How many stored values were left alone because the batch's were not
+            finite: NaN in an input reaches the output, never the stored statistics.
+
+    Raises:
+        PartitionError: If the pattern or its sizes do not fit the channels.
+        ValueError: If another argument is out of range.
+
+    Example:
+        >>> import normlab as nl
+        >>> layer = nl.Normalize(6, "n (g c) * -> (n g) (c *)", operation=nl.Standardize(), groups=2)
+        >>> layer
+        Normalize(6, n (g c) * -> (n g) (c *), groups=2, eps=1e-05)
+        >>> y = layer(torch.randn(4, 6, 5))
+        >>> y.view(4, 2, 15).mean(-1).abs().max() < 1e-6
+        tensor(True)
+    """
+
+    placement: ClassVar[str] = "after_weight"
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    threshold: nn.Parameter | None
+    eps_learned: nn.Parameter | None
+    num_batches_tracked: Tensor
+    skipped_updates: Tensor
+
+    def __init__(
+        self,
+        num_channels: int,
+        pattern: str,
+        *,
+        operation: Operation,
+        statistics: st.Statistics | None = None,
+        recovery: Affine | None = None,
+        channel_dim: int = 1,
+        groups: int | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if num_channels < 1:
+            raise ValueError(f"a layer has at least 1 channel; received {num_channels}")
+        self.num_channels, self.channel_dim = num_channels, channel_dim
+        self.partition = partition(pattern)
+        self.operation = operation
+        self.statistics = st.Current() if statistics is None else statistics
+        self.recovery = Affine() if recovery is None else recovery
+        self.groups, self.batch_size = groups, batch_size
+        self._use: st.Use = "auto"
+        self._update: st.Update = "auto"
+        self._pooled: tuple[Tensor, ...] | None = None
+        self._warned = False
+        self._check_sizes()
+        self._register()
+
+    def _check_sizes(self) -> None:
+        """Fail at construction, not at the first batch, where sizes cannot fit."""
+        samples = self.partition.axes[0]
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is at least 1; received {self.batch_size}")
+        if len(samples) > 1 and self.batch_size is None:
+            raise PartitionError(
+                f"pattern {str(self.partition)!r} splits the samples into {samples}: "
+                "give batch_size, the length of the inner part"
+            )
+        count = self.batch_size or 1
+        shape, sizes = (count, self.num_channels), self._sizes(count)
+        self.partition.bind(shape, channel_dim=self.channel_dim, sizes=sizes)
+
+    def _sizes(self, samples: int) -> dict[str, int]:
+        """Lengths of the split axes for a batch of that many samples."""
+        sizes = {}
+        names_n, names_c, _ = self.partition.axes
+        if len(names_c) > 1 and self.groups is not None:
+            sizes[names_c[0]] = self.groups
+        if len(names_n) > 1 and self.batch_size is not None:
+            sizes[names_n[-1]] = samples // max(-(-samples // self.batch_size), 1)
+        return sizes
+
+    def _register(self) -> None:
+        """Create parameters and buffers."""
+        r, c = self.recovery, self.num_channels
+
+        def parameter(present: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape)) if present else None
+
+        self.weight = parameter(r.scale, c)
+        self.bias = parameter(r.shift, c)
+        self.threshold = parameter(r.activation == "tlu", c)
+        self.eps_learned = parameter(isinstance(self.operation.eps, LearnedEps))
+        self.stored_names = self.statistics.names(self.operation)
+        if self.stored_names:
+            k = self.partition.stored_size(c, self._sizes(self.batch_size or 1))
+            for name in self.stored_names:
+                self.register_buffer(name, torch.empty(k))
+            self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+            skipped = torch.tensor(0, dtype=torch.long)
+            self.register_buffer("skipped_updates", skipped, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set parameters and stored statistics to their initial values."""
+        self.reset_running_stats()
+        with torch.no_grad():
+            for parameter, value in ((self.weight, 1.0), (self.bias, 0.0), (self.threshold, 0.0)):
+                if parameter is not None:
+                    parameter.fill_(value)
+            if self.eps_learned is not None:
+                self.eps_learned.fill_(cast(LearnedEps, self.operation.eps).init)
+
+    def reset_running_stats(self) -> None:
+        """Set the stored statistics to mean 0, deviation 1."""
+        self._pooled = None
+        for name in self.stored_names:
+            getattr(self, name).fill_(0.0 if name == "running_mean" else 1.0)
+        if self.stored_names:
+            self.num_batches_tracked.zero_()
+            self.skipped_updates.zero_()
+
+    @property
+    def activation(self) -> str | None:
+        """The activation that is part of this layer, or None."""
+        return self.recovery.activation
+
+    @property
+    def eps(self) -> Tensor | float:
+        """ε in force; a tensor where it is learned."""
+        eps = self.operation.eps
+        if isinstance(eps, LearnedEps):
+            return eps.floor + cast(Tensor, self.eps_learned).abs()
+        return eps
+
+    @property
+    def use(self) -> st.Use:
+        """The `use` policy."""
+        return self._use
+
+    @use.setter
+    def use(self, value: st.Use) -> None:
+        if value not in ("auto", "batch", "stored"):
+            raise ValueError(f"use is 'auto', 'batch' or 'stored'; received {value!r}")
+        if value == "stored" and not self.stored_names:
+            raise ValueError(f"use='stored' needs stored statistics, and {self} keeps none")
+        self._use = value
+
+    @property
+    def update(self) -> st.Update:
+        """The `update` policy."""
+        return self._update
+
+    @update.setter
+    def update(self, value: st.Update) -> None:
+        if value not in ("auto", True, False, "accumulate"):
+            raise ValueError(f"update is 'auto', True, False or 'accumulate'; received {value!r}")
+        self._update = value
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize x; see the class."""
+        self._check_input(x, mask)
+        if x.numel() == 0:  # nothing to average; parameters stay in the graph with gradient 0
+            return x + 0 * sum((p.sum() for p in self.parameters()), x.new_zeros(()))
+        stored = self._use == "stored" or (self._use == "auto" and not self.training)
+        from_batch = not (stored and self.stored_names)
+        n = x.shape[0]
+        parts = -(-n // self.batch_size) if from_batch and self.batch_size else 1
+        if n % parts == 0:
+            return self._recover(self._normalize(x, mask, from_batch))
+        cut = (n % parts) * (n // parts + 1)
+        pieces = [slice(0, cut), slice(cut, n)]
+        masks = [None if mask is None else mask[piece] for piece in pieces]
+        ys = [self._normalize(x[p], m, True) for p, m in zip(pieces, masks, strict=True)]
+        return self._recover(torch.cat(ys))
+
+    def _recover(self, y: Tensor) -> Tensor:
+        """The parts of Ψ that no kernel fuses."""
+        return dropout(y, self.recovery.dropout) if self.training else y
+
+    def _normalize(self, x: Tensor, mask: Tensor | None, from_batch: bool) -> Tensor:
+        """Π, statistics, Φ, Ψ, Π⁻¹ for one batch."""
+        sizes = self._sizes(x.shape[0])
+        layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
+        view = layout.split(x)
+        mask = None if mask is None else layout.per_position(mask)
+        weight, bias, threshold = (
+            None if p is None else layout.per_channel(p)
+            for p in (self.weight, self.bias, self.threshold)
+        )
+        eps, reduce = self.eps, self.statistics.reduce
+        if from_batch:
+            self._check_members(layout, reduce is not None)
+            with torch.no_grad():
+                given = moments(view.detach(), layout.member_dims, self.operation, mask, reduce)
+            if isinstance(self.statistics, st.Renormalized):
+                weight, bias = self._renormalize(layout, given, weight, bias)
+            self._maybe_update(layout, given)
+        else:
+            given, eps = self._from_stored(layout, eps)
+        spec = Spec(layout.member_dims, self.operation, self.activation)
+        y: Tensor = dispatch.implementation().normalize(
+            view, given, weight, bias, threshold, eps, mask, spec,
+            from_batch=from_batch, reduce=reduce if from_batch else None,
+        )  # fmt: skip
+        return layout.join(y)
+
+    def _renormalize(
+        self, layout: Layout, given: Moments, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Fold r and d into γ and β: γ·(x̂·r + d) + β = (γ·r)·x̂ + (β + γ·d)."""
+        assert isinstance(self.statistics, st.Renormalized)
+        assert given.mean is not None
+        assert given.moment is not None
+        # Copies, because the update below writes to the buffers that r and d were read from.
+        old = [layout.from_stored(getattr(self, n).clone()) for n in self.stored_names]
+        sigma = deviation(given.moment, self.operation, self.eps)
+        step = self.num_batches_tracked.clone()
+        r, d = self.statistics.correction(given.mean, sigma, old[0], old[1], step)
+        shift = d if weight is None else weight * d
+        return (r if weight is None else weight * r), (shift if bias is None else bias + shift)
+
+    def _from_stored(self, layout: Layout, eps: Tensor | float) -> tuple[Moments, Tensor | float]:
+        """The stored statistics as moments, and the ε to add to them."""
+        stored = {n: layout.from_stored(getattr(self, n)) for n in self.stored_names}
+        mean = stored.get("running_mean")
+        if "running_std" in stored:  # ε is inside it already
+            return Moments(mean, stored["running_std"] ** 2, layout.members), 0.0
+        moment = stored.get("running_var")
+        if "running_deviation" in stored:
+            power = self.operation.power
+            moment = stored["running_deviation"] ** power
+        return Moments(mean, moment, layout.members), eps
+
+    @torch.no_grad()
+    def _maybe_update(self, layout: Layout, given: Moments) -> None:
+        """Apply the update policy to the batch's moments."""
+        policy = self.training if self._update == "auto" else self._update
+        if not self.stored_names or policy is False:
+            return
+        batch = tuple(t for t in (given.mean, given.moment) if t is not None)
+        buffers = [getattr(self, n) for n in self.stored_names]
+        # Inside a transform, layers whose buffers are not part of it keep them: a probe of the
+        # model (per-sample gradients, curvature) must not change the model.
+        if st.transformed(*batch) and not st.transformed(*buffers):
+            return
+        if policy == "accumulate":
+            self._pool(layout, given)
+            return
+        self._write({n: layout.to_stored(v) for n, v in self._to_store(given).items()})
+
+    def _to_store(self, given: Moments) -> dict[str, Tensor]:
+        """What each buffer averages, still per area."""
+        values = {}
+        for name in self.stored_names:
+            if name == "running_mean":
+                values[name] = cast(Tensor, given.mean)
+            elif name == "running_std":
+                values[name] = deviation(cast(Tensor, given.moment), self.operation, self.eps)
+            else:
+                values[name] = st.deviation_to_store(
+                    given, self.operation, getattr(self.statistics, "bessel", True)
+                )
+        return values
+
+    def _write(self, values: dict[str, Tensor]) -> None:
+        """Blend a batch's statistics into the buffers, where all of a channel's are finite."""
+        self.num_batches_tracked.add_(1)
+        momentum = getattr(self.statistics, "momentum", None)
+        weight = 1.0 / self.num_batches_tracked.float() if momentum is None else momentum
+        valid = torch.stack([v.isfinite() for v in values.values()]).all(0)
+        self.skipped_updates.add_((~valid).sum())
+        for name, value in values.items():
+            st.blend(getattr(self, name), value, weight, valid)
+
+    def _pool(self, layout: Layout, given: Moments) -> None:
+        """Merge a batch's moments into those that wait for `commit`."""
+        like = given.moment if given.moment is not None else given.mean
+        assert like is not None
+        count = torch.as_tensor(given.size, device=like.device, dtype=like.dtype)
+        zero = torch.zeros_like(like)
+        parts = (count.expand(like.shape), given.mean if given.mean is not None else zero,
+                 given.moment if given.moment is not None else zero)  # fmt: skip
+        new = tuple(layout.to_stored(part) for part in parts)
+        self._pooled = new if self._pooled is None else st.pool(self._pooled, new, self.operation)
+
+    @torch.no_grad()
+    def commit(self) -> bool:
+        """Fold what ``update="accumulate"`` pooled into the stored statistics, as one batch.
+
+        Returns:
+            Whether there was anything.
+        """
+        if self._pooled is None:
+            return False
+        count, mean, moment = self._pooled
+        self._write(self._to_store(Moments(mean, moment, count)))
+        self._pooled = None
+        return True
+
+    def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
+        """Raise for inputs that this layer cannot take."""
+        if not x.is_floating_point():
+            raise TypeError(f"{self} takes floating-point input; received {x.dtype}")
+        if x.ndim < 2 or x.shape[self.channel_dim] != self.num_channels:
+            where = "last axis" if self.channel_dim == -1 else "axis 1"
+            raise ValueError(
+                f"{self} has {self.num_channels} channels on {where}; received shape "
+                f"{tuple(x.shape)}. Layers for (…, C) take channel_dim=-1."
+            )
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"mask is boolean, True where valid; received {mask.dtype}")
+
+    def _check_members(self, layout: Layout, synchronized: bool) -> None:
+        """Refuse, or warn of, areas of one member, which come out as zero whatever they held."""
+        if layout.members != 1 or not self.operation.erases_single or synchronized:
+            return
+        if self.partition.mixes_samples():
+            raise ValueError(
+                f"{self} in training mode needs more than one member an area; received shape "
+                f"{layout.shape}, whose areas have 1, so that the output would be constant. "
+                "Use larger batches, a method that does not share statistics between samples "
+                "(layer, group, rms, filter_response), or stored statistics: "
+                "nl.statistics(model, use='stored', update=False)."
+            )
+        if not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            warnings.warn(
+                f"{self} on shape {layout.shape}: areas have one member, so that the output is "
+                "the shift alone and what the input held is lost. Use larger groups.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Normalize:
+        """Move or cast as any module, but keep stored statistics in float32 at least."""
+        before = {name: getattr(self, name) for name in self.stored_names}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = getattr(self, name)
+            if torch.finfo(new.dtype).bits < 32:
+                setattr(self, name, old.to(new.device, torch.float32))
+        return self
+
+    def extra_repr(self) -> str:
+        """Print the pattern in force and the options that matter."""
+        parts = [str(self.num_channels), str(self.partition)]
+        shown = {"groups": self.groups, "batch_size": self.batch_size}
+        parts += [f"{k}={v}" for k, v in shown.items() if v is not None]
+        op, r = self.operation, self.recovery
+        if op.p is not None:
+            parts.append(f"eps={'learned' if isinstance(op.eps, LearnedEps) else op.eps}")
+            if op.p != 2:
+                parts.append("p=max" if math.isinf(op.p) else f"p={op.p:g}")
+        if self.stored_names:
+            parts.append(f"momentum={getattr(self.statistics, 'momentum', None)}")
+        parts += [] if r.scale and r.shift else [f"scale={r.scale}, shift={r.shift}"]
+        parts += [f"activation={r.activation}"] if r.activation else []
+        parts += [f"dropout={r.dropout}"] if r.dropout else []
+        parts += ["channel_dim=-1"] if self.channel_dim == -1 else []
+        policies = {"use": self._use, "update": self._update}
+        parts += [f"{k}={v}" for k, v in policies.items() if v != "auto"]
+        return ", ".join(parts)

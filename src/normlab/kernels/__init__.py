@@ -1,0 +1,3 @@
+"""The computations under Π and Φ, in interchangeable implementations."""
+
+from normlab.kernels.dispatch import backend as backend

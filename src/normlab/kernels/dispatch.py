@@ -1,0 +1,59 @@
+"""Which implementation of the kernels is in use."""
+
+from __future__ import annotations
+
+from types import ModuleType, TracebackType
+
+from normlab.kernels import closed_form, reference
+
+_BACKENDS: dict[str, ModuleType] = {"auto": closed_form, "reference": reference}
+_current = "auto"
+
+
+class backend:
+    """Choose the implementation of the kernels, for good or for a ``with`` block.
+
+    Args:
+        name: ``"auto"`` for the fastest one present (gradients in closed form, saving the input
+            once), ``"reference"`` for plain differentiable torch operations.
+
+    Raises:
+        ValueError: If this installation has no such backend.
+
+    Example:
+        >>> import normlab as nl
+        >>> with nl.kernels.backend("reference"):
+        ...     nl.kernels.backend.name()
+        'reference'
+    """
+
+    def __init__(self, name: str) -> None:
+        global _current
+        if name not in _BACKENDS:
+            raise ValueError(
+                f"backend {name!r} is not part of this installation; "
+                f"available: {', '.join(_BACKENDS)}"
+            )
+        self._previous, _current = _current, name
+
+    def __enter__(self) -> backend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _current
+        _current = self._previous
+
+    @staticmethod
+    def name() -> str:
+        """Return the name of the backend in use."""
+        return _current
+
+
+def implementation() -> ModuleType:
+    """Return the module whose `normalize` is in use."""
+    return _BACKENDS[_current]

@@ -1,0 +1,228 @@
+"""The formulas in plain torch operations: the oracle that every other backend is held against.
+
+Any dtype and device, differentiable any number of times, in reverse and forward mode, under
+`torch.func` transforms and `torch.compile`. Tensors here are split views (`Layout.split`), and
+statistics keep the reduced axes, so that everything broadcasts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normlab.core.operation import Operation
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over the processes that share statistics; must be differentiable."""
+
+
+class Moments(NamedTuple):
+    """Statistics of each area, in float32 at least, reduced axes kept with length 1.
+
+    Attributes:
+        mean: μ, or None where the operation needs none.
+        moment: M = mean|x − b·μ|ᵖ (the largest value for p = ∞), or None for p = None.
+        size: Number of members of each area; a tensor where masks or processes make it vary.
+    """
+
+    mean: Tensor | None
+    moment: Tensor | None
+    size: Tensor | int
+
+
+class Spec(NamedTuple):
+    """What a kernel call needs to know beside its tensors.
+
+    Attributes:
+        dims: Axes that hold the members of an area.
+        operation: Φ.
+        activation: The fused activation, or None.
+    """
+
+    dims: tuple[int, ...]
+    operation: Operation
+    activation: str | None
+
+
+def accumulated(x: Tensor) -> Tensor:
+    """Return x in the dtype that statistics are computed in: float32 at least."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def total(x: Tensor, dims: tuple[int, ...], reduce: Reduce | None = None) -> Tensor:
+    """Sum over axes, kept with length 1, and over processes.
+
+    An empty `dims` means no axis (torch's own sum would take all of them).
+    """
+    # Trailing axes first: one pass over contiguous rows is several times faster than torch's
+    # reduction over split axes such as (0, 2, 3).
+    last = tuple(d for d in dims if d > 1)
+    first = tuple(d for d in dims if d <= 1)
+    for part in (last, first):
+        x = x.sum(part, keepdim=True) if part else x
+    return reduce(x) if reduce else x
+
+
+def members(
+    x: Tensor, dims: tuple[int, ...], mask: Tensor | None, reduce: Reduce | None
+) -> Tensor | int:
+    """Count the members of each area."""
+    if mask is None and reduce is None:
+        return math.prod(x.shape[d] for d in dims)
+    if mask is None:
+        count = torch.full((), math.prod(x.shape[d] for d in dims), device=x.device)
+        count = count.to(accumulated(x).dtype)
+    else:
+        repeats = math.prod(x.shape[d] // mask.shape[d] for d in dims)
+        count = total(mask.to(accumulated(x).dtype), dims) * repeats
+    count = reduce(count) if reduce else count
+    return count.clamp(min=1)
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Put zeros where the mask is false, whatever stood there (NaN included)."""
+    return x if mask is None else x.masked_fill(~mask, 0)
+
+
+def deviations(x: Tensor, mean: Tensor | None, about: str, mask: Tensor | None) -> Tensor:
+    """z = x − b·μ at valid positions, 0 elsewhere."""
+    if about == "zero" or mean is None:
+        return masked(x, mask)
+    return masked(x - mean, mask)
+
+
+def moments(
+    x: Tensor,
+    dims: tuple[int, ...],
+    operation: Operation,
+    mask: Tensor | None = None,
+    reduce: Reduce | None = None,
+) -> Moments:
+    """Compute the statistics that the operation needs.
+
+    The mean is corrected once by the mean of what is left (x − μ₀), and deviations are taken from
+    that difference, never as E[x²] − E[x]²: a mean of 10⁴ beside a deviation of 1 stays exact.
+    """
+    x = masked(accumulated(x), mask)
+    count = members(x, dims, mask, reduce)
+    mean, z = None, x
+    if operation.uses_mean:
+        rough = total(x, dims, reduce) / count
+        left = deviations(x, rough, "mean", mask)
+        correction = total(left, dims, reduce) / count
+        mean = rough + correction
+        if operation.about == "mean":
+            z = masked(left - correction, mask)
+    if operation.p is None:
+        return Moments(mean, None, count)
+    return Moments(mean, _moment(z, operation.p, dims, count, reduce), count)
+
+
+def _moment(
+    z: Tensor, p: float, dims: tuple[int, ...], count: Tensor | int, reduce: Reduce | None
+) -> Tensor:
+    """mean|z|ᵖ, or max|z|."""
+    if math.isinf(p):
+        if reduce is not None:
+            raise ValueError("p='max' has no synchronized form; use a finite p")
+        return z.abs().amax(dims, keepdim=True) if dims else z.abs()
+    power = z * z if p == 2 else z.abs() if p == 1 else z.abs() ** p
+    return total(power, dims, reduce) / count
+
+
+def deviation(moment: Tensor, operation: Operation, eps: Tensor | float) -> Tensor:
+    """D = k·(M + ε)^(1/p)."""
+    inside = moment + eps
+    power = operation.power
+    root = inside.sqrt() if power == 2 else inside if power == 1 else inside ** (1 / power)
+    return root if operation.factor == 1 else root * operation.factor
+
+
+def activate(u: Tensor, activation: str | None, threshold: Tensor | None) -> Tensor:
+    """Apply the fused activation."""
+    if activation == "relu":
+        return u.relu()
+    if activation == "silu":
+        return torch.nn.functional.silu(u)
+    if activation == "tlu":
+        assert threshold is not None
+        # where() and not maximum(): ∂z/∂τ is 1 where u < τ, and ties belong to u.
+        return torch.where(u < threshold, threshold, u)
+    return u
+
+
+def apply(
+    x: Tensor,
+    mean: Tensor | None,
+    moment: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: Tensor | None,
+    eps: Tensor | float,
+    mask: Tensor | None,
+    spec: Spec,
+) -> Tensor:
+    """y = a((x − s·μ)/D · γ + β) with given statistics; masked positions come out as 0."""
+    operation = spec.operation
+    y = masked(accumulated(x), mask)
+    if operation.shift:
+        assert mean is not None
+        y = y - mean
+    scale = weight
+    if moment is not None:
+        inverse = deviation(moment, operation, eps).reciprocal()
+        scale = inverse if weight is None else _merge(y, inverse, weight)
+        if scale is None:  # γ and D vary along different axes: two products instead of one
+            y, scale = y * inverse, weight
+    if scale is not None:
+        y = y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale.to(y.dtype))
+    elif bias is not None:
+        y = y + bias
+    y = masked(activate(y, spec.activation, threshold), mask)
+    return y.to(x.dtype)
+
+
+def _merge(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor | None:
+    """γ/D, unless that product would be as large as x itself."""
+    shape = torch.broadcast_shapes(inverse.shape, weight.shape)  # type: ignore[no-untyped-call]
+    return inverse * weight if math.prod(shape) * 4 <= x.numel() or x.numel() < 64 else None
+
+
+def normalize(
+    x: Tensor,
+    given: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: Tensor | None,
+    eps: Tensor | float,
+    mask: Tensor | None,
+    spec: Spec,
+    *,
+    from_batch: bool,
+    reduce: Reduce | None = None,
+) -> Tensor:
+    """y = a((x − s·μ)/D · γ + β), gradients by autograd.
+
+    Args:
+        x: Split view.
+        given: Statistics to use.
+        weight: γ, broadcastable against x, or None.
+        bias: β, likewise.
+        threshold: τ, for the TLU.
+        eps: ε, a tensor where it is learned.
+        mask: True at valid positions, broadcastable against x.
+        spec: Axes, operation and activation.
+        from_batch: Whether `given` was computed from x, so that gradients flow through it.
+        reduce: Sum over processes.
+
+    Returns:
+        y, in the dtype of x.
+    """
+    if from_batch:
+        given = moments(x, spec.dims, spec.operation, mask, reduce)
+    mean, moment, _ = given
+    return apply(x, mean, moment, weight, bias, threshold, eps, mask, spec)
