@@ -59,7 +59,7 @@ class Card:
         layer: The class.
         build: (channels, **options) → layer, where the class takes its arguments otherwise.
         reference: (x, parameters, **options) → y: the training-mode formula for x of shape
-            (N, C, *positions), written out plainly with independent operations; the oracle of tests.
+            (N, C, *positions), written out plainly with independent operations: the tests' oracle.
         twin: (channels, rank) → the torch layer with the same state dict and the same outputs, for
             inputs with `rank` position axes; None where torch has none.
         case: Options under which tests build it, where defaults would not exercise it.

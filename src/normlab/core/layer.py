@@ -55,7 +55,8 @@ class Normalize(nn.Module):
 
     Example:
         >>> import normlab as nl
-        >>> layer = nl.Normalize(6, "n (g c) * -> (n g) (c *)", operation=nl.Standardize(), groups=2)
+        >>> pattern = "n (g c) * -> (n g) (c *)"
+        >>> layer = nl.Normalize(6, pattern, operation=nl.Standardize(), groups=2)
         >>> layer
         Normalize(6, n (g c) * -> (n g) (c *), groups=2, eps=1e-05)
         >>> y = layer(torch.randn(4, 6, 5))
@@ -227,10 +228,8 @@ class Normalize(nn.Module):
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
         view = layout.split(x)
         mask = None if mask is None else layout.per_position(mask)
-        weight, bias, threshold = (
-            None if p is None else layout.per_channel(p)
-            for p in (self.weight, self.bias, self.threshold)
-        )
+        affine = [self.weight, self.bias, self.threshold]
+        weight, bias, threshold = [None if p is None else layout.per_channel(p) for p in affine]
         eps, reduce = self.eps, self.statistics.reduce
         if from_batch:
             self._check_members(layout, reduce is not None)

@@ -61,7 +61,7 @@ class Partition:
     def stored_size(self, channels: int, sizes: Mapping[str, int] | None = None) -> int:
         """Return how many statistics a layer of that many channels stores (K)."""
         parts = self._split(self.axes[1], channels, sizes or {}, "channel")
-        return prod(size for name, size in parts if name in self.areas)
+        return prod([size for name, size in parts if name in self.areas])
 
     def bind(
         self, shape: Sequence[int], *, channel_dim: int = 1, sizes: Mapping[str, int] | None = None
@@ -116,7 +116,7 @@ class Partition:
         unknown = [name for name in names if name not in known]
         if len(names) == 1:
             return [(names[0], length)]
-        given = prod(known[name] for name in names if name in known)
+        given = prod([known[name] for name in names if name in known])
         fits = given > 0 and length % given == 0 and (unknown or given == length)
         if len(unknown) > 1 or not fits:
             sizes = ", ".join(f"{k}={known[k]}" for k in names if k in known) or "none given"
@@ -162,7 +162,7 @@ class Layout:
     @property
     def members(self) -> int:
         """Number of elements that share one statistic."""
-        return prod(self.split_shape[i] for i in self.member_dims)
+        return prod([self.split_shape[i] for i in self.member_dims])
 
     def split(self, x: Tensor) -> Tensor:
         """View x with its split axes apart; nothing is copied."""
@@ -186,7 +186,7 @@ class Layout:
         groups = [g for g in (p.areas, p.variables, p.members) if g is not None]
         dims = [[i for n in g for i, name in enumerate(self.names) if name == n] for g in groups]
         order = tuple(i for part in dims for i in part)
-        return order, tuple(prod(self.split_shape[i] for i in part) for part in dims)
+        return order, tuple(prod([self.split_shape[i] for i in part]) for part in dims)
 
     def regroup(self, x: Tensor) -> Tensor:
         """Regroup x to (areas, members), or (areas, variables, members) for whitening."""

@@ -137,9 +137,9 @@ class Renormalized:
         """Return r and d; `deviation` is σ_B."""
         rmax = self.rmax(step) if callable(self.rmax) else self.rmax
         dmax = self.dmax(step) if callable(self.dmax) else self.dmax
-        rmax, dmax = (
-            torch.as_tensor(b, device=mean.device, dtype=mean.dtype) for b in (rmax, dmax)
-        )
+        rmax, dmax = [
+            torch.as_tensor(b, dtype=mean.dtype, device=mean.device) for b in (rmax, dmax)
+        ]
         r = (deviation / old_std).clamp(1 / rmax, rmax)
         d = ((mean - old_mean) / old_std).clamp(-dmax, dmax)
         return r.detach(), d.detach()
@@ -190,7 +190,8 @@ def unbiased(moments: Moments) -> Tensor:
 
 def deviation_to_store(moments: Moments, operation: Operation, bessel: bool) -> Tensor:
     """What `Running` averages beside the mean."""
-    assert moments.moment is not None and operation.p is not None
+    assert moments.moment is not None
+    assert operation.p is not None
     if operation.p == 2 and operation.about == "mean":
         return unbiased(moments) if bessel else moments.moment
     return moments.moment if math.isinf(operation.p) else moments.moment ** (1 / operation.p)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import ModuleType, TracebackType
 
+import torch
+
 from normlab.kernels import closed_form, reference
 
 _BACKENDS: dict[str, ModuleType] = {"auto": closed_form, "reference": reference}
@@ -55,5 +57,11 @@ class backend:
 
 
 def implementation() -> ModuleType:
-    """Return the module whose `normalize` is in use."""
+    """Return the module whose `normalize` is in use.
+
+    The compiler differentiates and fuses plain operations itself, and does not trace functions
+    with a forward-mode rule, so it always gets the reference.
+    """
+    if torch.compiler.is_compiling():
+        return reference
     return _BACKENDS[_current]

@@ -68,5 +68,7 @@ def dropout(x: Tensor, rate: float) -> Tensor:
     """
     if rate == 0:
         return x
+    if torch.compiler.is_compiling():
+        return F.dropout(x, rate)
     keep = torch.rand_like(x, dtype=torch.float32) >= rate
     return _masked(x, _pack(keep), 1 / (1 - rate))

@@ -72,12 +72,12 @@ def members(
 ) -> Tensor | int:
     """Count the members of each area."""
     if mask is None and reduce is None:
-        return math.prod(x.shape[d] for d in dims)
+        return math.prod([x.shape[d] for d in dims])
     if mask is None:
-        count = torch.full((), math.prod(x.shape[d] for d in dims), device=x.device)
+        count = torch.full((), math.prod([x.shape[d] for d in dims]), device=x.device)
         count = count.to(accumulated(x).dtype)
     else:
-        repeats = math.prod(x.shape[d] // mask.shape[d] for d in dims)
+        repeats = math.prod([x.shape[d] // mask.shape[d] for d in dims])
         count = total(mask.to(accumulated(x).dtype), dims) * repeats
     count = reduce(count) if reduce else count
     return count.clamp(min=1)
@@ -116,10 +116,15 @@ def moments(
         correction = total(left, dims, reduce) / count
         mean = rough + correction
         if operation.about == "mean":
-            z = masked(left - correction, mask)
+            z = left if operation.p == 2 else masked(left - correction, mask)
     if operation.p is None:
         return Moments(mean, None, count)
-    return Moments(mean, _moment(z, operation.p, dims, count, reduce), count)
+    moment = _moment(z, operation.p, dims, count, reduce)
+    if operation.p == 2 and z is not x:
+        # The correction is a rounding error of the mean: subtracting its square here spares a pass
+        # over x and cancels nothing.
+        moment = (moment - correction**2).clamp(min=0)
+    return Moments(mean, moment, count)
 
 
 def _moment(
@@ -130,6 +135,12 @@ def _moment(
         if reduce is not None:
             raise ValueError("p='max' has no synchronized form; use a finite p")
         return z.abs().amax(dims, keepdim=True) if dims else z.abs()
+    if p == 2 and not torch.is_grad_enabled():
+        # One pass without a square of x's size; its second derivative at 0 is not defined,
+        # which is why differentiation takes the other way.
+        last = tuple(d for d in dims if d > 1)
+        power = torch.linalg.vector_norm(z, 2, last, keepdim=True) ** 2 if last else z * z
+        return total(power, tuple(d for d in dims if d <= 1), reduce) / count
     power = z * z if p == 2 else z.abs() if p == 1 else z.abs() ** p
     return total(power, dims, reduce) / count
 
@@ -150,8 +161,9 @@ def activate(u: Tensor, activation: str | None, threshold: Tensor | None) -> Ten
         return torch.nn.functional.silu(u)
     if activation == "tlu":
         assert threshold is not None
-        # where() and not maximum(): ∂z/∂τ is 1 where u < τ, and ties belong to u.
-        return torch.where(u < threshold, threshold, u)
+        if not torch.is_grad_enabled():
+            return torch.maximum(u, threshold)
+        return (u - threshold).relu() + threshold  # ties go to τ, as those of ReLU go to 0
     return u
 
 
@@ -172,12 +184,8 @@ def apply(
     if operation.shift:
         assert mean is not None
         y = y - mean
-    scale = weight
-    if moment is not None:
-        inverse = deviation(moment, operation, eps).reciprocal()
-        scale = inverse if weight is None else _merge(y, inverse, weight)
-        if scale is None:  # γ and D vary along different axes: two products instead of one
-            y, scale = y * inverse, weight
+    inverse = None if moment is None else deviation(moment, operation, eps).reciprocal()
+    y, scale = partly_scaled(y, inverse, weight)
     if scale is not None:
         y = y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale.to(y.dtype))
     elif bias is not None:
@@ -186,10 +194,20 @@ def apply(
     return y.to(x.dtype)
 
 
-def _merge(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor | None:
-    """γ/D, unless that product would be as large as x itself."""
-    shape = torch.broadcast_shapes(inverse.shape, weight.shape)  # type: ignore[no-untyped-call]
-    return inverse * weight if math.prod(shape) * 4 <= x.numel() or x.numel() < 64 else None
+def partly_scaled(
+    x: Tensor, inverse: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return (x', factor) with x'·factor = x·γ/D, at the cost of one product of x's size.
+
+    γ and 1/D are multiplied first, unless they vary along different axes and their product would
+    itself be of x's size.
+    """
+    if inverse is None or weight is None:
+        return x, weight if inverse is None else inverse
+    together = math.prod([max(a, b) for a, b in zip(inverse.shape, weight.shape, strict=True)])
+    if together * 4 <= x.numel():
+        return x, inverse * weight
+    return x * inverse, weight
 
 
 def normalize(

@@ -11,6 +11,12 @@ from normlab.kernels.closed_form import sum_to
 from normlab.kernels.reference import accumulated
 
 
+def _squashed(x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = torch.tanh(accumulated(x) * alpha)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
 class _Squash(torch.autograd.Function):
     """The backward pass computes tanh again from x, differentiably; nothing else is kept."""
 
@@ -18,9 +24,7 @@ class _Squash(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        y = torch.tanh(accumulated(x) * alpha)
-        y = y if weight is None else y * weight
-        return (y if bias is None else y + bias).to(x.dtype)
+        return _squashed(x, alpha, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -64,4 +68,6 @@ def squash(x: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None)
     Returns:
         y, in the dtype of x.
     """
+    if torch.compiler.is_compiling():  # which differentiates plain operations itself
+        return _squashed(x, alpha, weight, bias)
     return cast(Tensor, _Squash.apply(x, alpha, weight, bias))  # type: ignore[no-untyped-call]

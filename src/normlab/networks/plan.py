@@ -1,0 +1,64 @@
+"""What all architectures have in common: a plan is a value that can describe and build itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import nn
+
+NormFactory = Callable[..., nn.Module]
+"""``norm(channels, **options) -> nn.Module``, a layer for any rank with channels in dim 1."""
+
+ImageShape = tuple[int, int, int]
+"""Channels, height, width of one image."""
+
+
+class NetworkError(ValueError):
+    """A network cannot be built as asked: unknown name or option, impossible size, bad layer."""
+
+
+class Plan(Protocol):
+    """An architecture with its options; a frozen dataclass whose fields are the options."""
+
+    def assemble(self, norm: NormFactory, *, classes: int, image_shape: ImageShape) -> nn.Module:
+        """Put the layers together, with the weights torch gives them."""
+
+    def describe(self) -> str:
+        """Say in a few words what is built."""
+
+
+def check_size(owner: str, option: str, value: object, minimum: int = 1) -> None:
+    """Refuse a size that is no whole number or too small.
+
+    Args:
+        owner: the architecture, for the message.
+        option: its option, for the message.
+        value: as received.
+        minimum: the smallest allowed.
+
+    Raises:
+        NetworkError: ``value`` is not an int of at least ``minimum``.
+    """
+    # bool is an int to Python, but depth=True is a mistake.
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise NetworkError(
+            f"{owner}: {option} must be a whole number, at least {minimum}; received {value!r}"
+        )
+
+
+def check_choice(owner: str, option: str, value: object, choices: Sequence[object]) -> None:
+    """Refuse a value that is not among the choices.
+
+    Args:
+        owner: the architecture, for the message.
+        option: its option, for the message.
+        value: as received.
+        choices: what is allowed.
+
+    Raises:
+        NetworkError: ``value`` is not one of ``choices``.
+    """
+    if value not in choices:
+        allowed = ", ".join(str(choice) for choice in choices)
+        raise NetworkError(f"{owner}: {option} must be one of {allowed}; received {value!r}")
