@@ -16,6 +16,7 @@ from normlab.core.partition import Layout, PartitionError, partition
 from normlab.core.recovery import Affine
 from normlab.kernels import dispatch
 from normlab.kernels.dropout import dropout
+from normlab.kernels.hold import hold
 from normlab.kernels.reference import Moments, Spec, deviation, moments
 
 
@@ -259,6 +260,7 @@ class Normalize(nn.Module):
         sigma = deviation(given.moment, self.operation, self.eps)
         step = self.num_batches_tracked.clone()
         r, d = self.statistics.correction(given.mean, sigma, old[0], old[1], step)
+        r, d = hold(r), hold(d)
         shift = d if weight is None else weight * d
         return (r if weight is None else weight * r), (shift if bias is None else bias + shift)
 
