@@ -1,0 +1,1 @@
+"""Trains one network with many normalizers under equal conditions, and compares them."""

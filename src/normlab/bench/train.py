@@ -1,0 +1,373 @@
+"""One training run, from spec to record: resumable, seeded, and honest about failure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normlab import data as sets
+from normlab.bench import choice
+from normlab.bench.environment import environment, peak_memory, reset_peak_memory
+from normlab.bench.probe import initial_statistics
+from normlab.bench.recipe import RunSpec
+from normlab.bench.records import SCHEMA, Record, Store, StoreError
+
+_EVALUATION_BATCH = 500
+_CHECKPOINT_SECONDS = 20.0
+
+
+class Stopped(Exception):
+    """The run was interrupted; its checkpoint lets it go on."""
+
+
+class _Diverged(Exception):
+    pass
+
+
+@dataclass
+class _Totals:
+    """Sums since the last measurement point."""
+
+    loss: float = 0.0
+    correct: float = 0.0
+    samples: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+
+
+class Task:
+    """The data of a run, split and limited as its spec says; shared by runs with equal ones."""
+
+    def __init__(self, data: sets.ImageData, spec: RunSpec) -> None:
+        recipe, labels = spec.recipe, data.train_labels
+        chosen = torch.arange(len(labels))
+        # The split's seed is fixed: every arm and every seed is tuned and trained on equal data.
+        if recipe.train_limit is not None and recipe.train_limit < len(labels):
+            _, chosen = sets.split(labels, recipe.train_limit, 0)
+        train, valid = chosen, chosen[:0]
+        if recipe.validation:
+            a, b = sets.split(labels[chosen], recipe.validation, 0)
+            train, valid = chosen[a], chosen[b]
+        self.data = data
+        self.train_images, self.train_labels = data.train_images[train], labels[train]
+        self.valid_images, self.valid_labels = data.train_images[valid], labels[valid]
+
+    def order(self, spec: RunSpec, epoch: int) -> Tensor:
+        """Indices of an epoch's batches, (steps, batch_size)."""
+        return sets.batches(
+            self.train_labels,
+            spec.condition.batch_size,
+            seed=spec.seed,
+            epoch=epoch,
+            grain=spec.grain,
+        )
+
+
+def steps_of(spec: RunSpec, task: Task) -> tuple[int, int]:
+    """Return the steps of the run and of one epoch."""
+    per_epoch = len(task.order(spec, 0))
+    return max(1, round(spec.epochs * per_epoch)), per_epoch
+
+
+def build_network(spec: RunSpec, data: sets.ImageData, passes: int) -> nn.Module:
+    """Build the run's network; equal seeds start from equal weights whatever the normalizer."""
+    from normlab import networks
+
+    def build(normalizer: str) -> nn.Module:
+        torch.manual_seed(spec.seed)
+        factory = choice.parse(normalizer).factory(passes)
+        return networks.build(
+            spec.network, factory, classes=data.num_classes, image_shape=data.image_shape
+        )
+
+    network = build(spec.normalizer)
+    if networks.parse(spec.network) is None and spec.reference != spec.normalizer:
+        networks.align(network, build(spec.reference), weights_only=True)
+    torch.manual_seed(spec.seed)
+    return network
+
+
+def learning_rate(spec: RunSpec, step: int, steps: int) -> float:
+    """Linear warm-up from 0, then cosine decay to 0."""
+    warm = round(spec.recipe.warmup * steps)
+    if step < warm:
+        return spec.lr * (step + 1) / warm
+    return spec.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+
+
+def make_optimizer(network: nn.Module, spec: RunSpec) -> torch.optim.SGD:
+    """Stochastic gradient descent; scales, shifts and biases have no weight decay."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim > 1]
+    rest = [p for p in parameters if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": spec.recipe.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    momentum = spec.recipe.momentum
+    return torch.optim.SGD([g for g in groups if g["params"]], lr=spec.lr, momentum=momentum)
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module, data: sets.ImageData, images: Tensor, labels: Tensor
+) -> tuple[float, float]:
+    """Return mean loss and accuracy in evaluation mode."""
+    if not len(labels):
+        return math.nan, math.nan
+    network.eval()
+    loss = correct = 0.0
+    for i in range(0, len(labels), _EVALUATION_BATCH):
+        part = slice(i, i + _EVALUATION_BATCH)
+        logits = network(data.prepare(images[part]))
+        loss += float(F.cross_entropy(logits, labels[part], reduction="sum"))
+        correct += float((logits.argmax(1) == labels[part]).sum())
+    network.train()
+    return loss / len(labels), correct / len(labels)
+
+
+class Run:
+    """A run in progress; `train` is the way to use it."""
+
+    def __init__(self, spec: RunSpec, task: Task, store: Store) -> None:
+        self.spec, self.task, self.store = spec, task, store
+        self.steps, self.per_epoch = steps_of(spec, task)
+        self.parts = spec.condition.batch_size // spec.condition.norm_batch
+        self.network = build_network(spec, task.data, self.steps * self.parts)
+        self.optimizer = make_optimizer(self.network, spec)
+        self.step, self.seconds, self.totals = 0, 0.0, _Totals()
+        self.order = task.order(spec, 0)
+        self.saved_at = time.monotonic()
+        reset_peak_memory()
+
+    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels, and the parts that share statistics, of the present step."""
+        spec, (epoch, i) = self.spec, divmod(self.step, self.per_epoch)
+        if i == 0:
+            self.order = self.task.order(spec, epoch)
+        chosen = self.order[i]
+        labels = self.task.train_labels[chosen]
+        images = self.task.data.prepare(self.task.train_images[chosen])
+        recipe = spec.recipe
+        if recipe.crop or recipe.flip:
+            generator = sets.generator((spec.seed, self.step), "augment")
+            images = sets.augment(images, crop=recipe.crop, flip=recipe.flip, generator=generator)
+        if self.parts == 1:
+            return images, labels, torch.arange(len(labels))[None]
+        parts = sets.share(
+            labels,
+            spec.condition.norm_batch,
+            spec.condition.composition,
+            seed=(spec.seed, self.step),
+        )
+        return images, labels, parts
+
+    def take_step(self) -> None:
+        """One optimizer step over all parts of a batch.
+
+        Raises:
+            _Diverged: If the loss is not finite.
+        """
+        started = time.perf_counter()
+        images, labels, parts = self.batch()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.spec, self.step, self.steps)
+        self.optimizer.zero_grad()
+        total = 0.0
+        for part in parts:
+            logits = self.network(images[part])
+            loss = F.cross_entropy(logits, labels[part], reduction="sum") / len(labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+            self.totals.correct += float((logits.detach().argmax(1) == labels[part]).sum())
+        if not math.isfinite(total):
+            raise _Diverged(f"the loss became {total} at step {self.step}")
+        self.optimizer.step()
+        self.totals.loss += total * len(labels)
+        self.totals.samples += len(labels)
+        seconds = time.perf_counter() - started
+        self.totals.step_seconds.append(seconds)
+        self.seconds += seconds
+        self.step += 1
+
+    def point(self) -> None:
+        """Measure, and append to the record."""
+        loss, accuracy = evaluate(
+            self.network, self.task.data, self.task.valid_images, self.task.valid_labels
+        )
+        totals = self.totals
+        self.store.append(
+            self.spec.id,
+            {
+                "event": "point",
+                "step": self.step,
+                "epoch": self.step / self.per_epoch,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "train_loss": totals.loss / max(totals.samples, 1),
+                "train_accuracy": totals.correct / max(totals.samples, 1),
+                "valid_loss": loss,
+                "valid_accuracy": accuracy,
+                "seconds": self.seconds,
+                "seconds_per_step": statistics.median(totals.step_seconds or [math.nan]),
+            },
+        )
+        self.totals = _Totals()
+
+    def save(self) -> None:
+        """Write the state that a later process goes on from."""
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "totals": vars(self.totals),
+            "random": torch.get_rng_state(),
+        }
+        path = self.store.checkpoint(self.spec.id)
+        part = path.with_name(f"{path.name}.part")
+        try:
+            torch.save(state, part)
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            part.unlink(missing_ok=True)
+            raise StoreError(f"cannot write the checkpoint {path}: {error}") from error
+        self.saved_at = time.monotonic()
+
+    def restore(self) -> bool:
+        """Go on from a checkpoint, if there is a sound one.
+
+        Returns:
+            Whether there was; the record then holds just what came before it.
+        """
+        path, run_id = self.store.checkpoint(self.spec.id), self.spec.id
+        try:
+            state = torch.load(path, weights_only=True)
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.totals = _Totals(**state["totals"])
+            torch.set_rng_state(state["random"])
+        except FileNotFoundError:
+            return False
+        except Exception:
+            self.__init__(self.spec, self.task, self.store)  # type: ignore[misc]
+            return False
+        self.order = self.task.order(self.spec, self.step // self.per_epoch)
+        lines = list(self.store.lines(run_id))
+        kept = [x for x in lines if x.get("event") != "point" or x.get("step", 0) <= self.step]
+        kept = [x for x in kept if x.get("event") != "end"]
+        if not kept or kept[0].get("event") != "start":
+            return False
+        self.store.rewrite(run_id, kept)
+        return True
+
+    def begin(self) -> None:
+        """Write the first line of the record."""
+        images, labels, parts = self.batch()
+        rows, kept = initial_statistics(self.network, images[parts[0]], labels[parts[0]])
+        added = choice.parse(self.spec.normalizer).adapted(self.steps * self.parts)
+        parameters = sum(p.numel() for p in self.network.parameters())
+        line = start_line(self.spec)
+        line |= {"initial": rows, "saved_for_backward_bytes": kept, "adapted_options": added}
+        line |= {"parameters": parameters, "steps": self.steps}
+        self.store.rewrite(self.spec.id, [line])
+
+    def end(self, outcome: str, **more: Any) -> None:
+        """Write the last line of the record, and drop the checkpoint."""
+        line = {"event": "end", "outcome": outcome, "step": self.step, "seconds": self.seconds}
+        line["peak_memory_bytes"] = peak_memory()
+        self.store.append(self.spec.id, line | more)
+        self.store.checkpoint(self.spec.id).unlink(missing_ok=True)
+
+
+def start_line(spec: RunSpec) -> dict[str, Any]:
+    """The part of a record's first line that needs no network."""
+    return {
+        "event": "start",
+        "schema": SCHEMA,
+        "spec": spec.as_dict(),
+        "environment": environment(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def train(
+    spec: RunSpec,
+    task: Task,
+    store: Store,
+    *,
+    progress: Callable[[float], None] = lambda epochs: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Record:
+    """Train, measure and record one run; a run that ended before is returned as it is.
+
+    Args:
+        spec: The run.
+        task: Its data.
+        store: Where its record goes.
+        progress: Called with the part of an epoch that each step is.
+        stop: Asked before each step whether to stop.
+
+    Returns:
+        The record. A network that cannot be built or run gives the outcome ``"failed"`` with its
+        reason, a loss that is not finite ``"diverged"``.
+
+    Raises:
+        Stopped: If asked to stop; the same call goes on from there.
+        StoreError: If the record cannot be written.
+    """
+    done = store.read(spec.id)
+    if done is not None and done.outcome:
+        return done
+    try:
+        run = Run(spec, task, store)
+        if not run.restore():
+            run.begin()
+        _loop(run, progress, stop)
+    except (Stopped, StoreError, MemoryError):
+        raise
+    except Exception as error:
+        if store.read(spec.id) is None:
+            store.rewrite(spec.id, [start_line(spec)])
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        store.append(spec.id, {"event": "end", "outcome": "failed", "reason": reason})
+    record = store.read(spec.id)
+    assert record is not None
+    return record
+
+
+def _loop(run: Run, progress: Callable[[float], None], stop: Callable[[], bool]) -> None:
+    """Step to the end."""
+    spec = run.spec
+    progress(run.step / run.per_epoch)
+    marks = {round(run.steps * (i + 1) / spec.recipe.points) for i in range(spec.recipe.points)}
+    try:
+        while run.step < run.steps:
+            if stop():
+                run.save()
+                raise Stopped
+            run.take_step()
+            progress(1 / run.per_epoch)
+            if run.step in marks:
+                run.point()
+                if time.monotonic() - run.saved_at > _CHECKPOINT_SECONDS:
+                    run.save()
+    except _Diverged as diverged:
+        # A network that outputs NaN decides nothing: it is counted as guessing.
+        chance = 1 / run.task.data.num_classes
+        run.end("diverged", reason=str(diverged), test_accuracy=chance, valid_accuracy=chance)
+        return
+    data = run.task.data
+    loss, accuracy = evaluate(run.network, data, run.task.valid_images, run.task.valid_labels)
+    final = {"valid_loss": loss, "valid_accuracy": accuracy}
+    if spec.phase == "final":
+        loss, accuracy = evaluate(run.network, data, data.test_images, data.test_labels)
+        final |= {"test_loss": loss, "test_accuracy": accuracy}
+    run.end("finished", **final)
