@@ -1,0 +1,48 @@
+# Each target builds the environment that it needs; nothing has to be installed by hand but Python.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# One thread a process: small networks train several times faster so.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint docs bench clean
+
+demo: $(VENV)/.lab
+	$(BIN)/normlab compare --out demo --title "Normalizers compared on Fashion-MNIST" \
+	  --normalizers none batch ic group filter_response batch_renorm \
+	  --condition 64 8:class --network resnet:depth=8,width=8 \
+	  --seeds 2 --epochs 1 --tune-epochs 0.3 --lrs 0.03 0.1 0.3 --points 5
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
+
+bench: $(VENV)/.lab
+	$(BIN)/python benchmarks/layers.py
+
+clean:
+	rm -rf $(VENV) demo docs/_build build
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "normlab needs Python 3.11 or newer; name one with: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamp of an extra is newer than what decides its contents.
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[$(EXTRA_$*)]'
+	@touch $@
+
+EXTRA_lab := lab
+EXTRA_test := lab,test
+EXTRA_lint := lab,test,lint
+EXTRA_docs := lab,docs
