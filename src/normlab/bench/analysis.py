@@ -16,6 +16,7 @@ from normlab.bench.records import Record, Store
 from normlab.bench.words import summary
 
 RESAMPLES = 9999
+_ROUNDING = 1e-9  # spread below which values are equal but for rounding
 
 
 def interval(values: Sequence[float]) -> dict[str, Any] | None:
@@ -35,7 +36,7 @@ def interval(values: Sequence[float]) -> dict[str, Any] | None:
         return None
     mean = statistics.fmean(values)
     low = high = mean
-    if len(set(values)) > 1:
+    if max(values) - min(values) > _ROUNDING:
         import numpy as np
         from scipy.stats import bootstrap
 
@@ -66,7 +67,7 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, Any] |
     if found is None:
         return None
     p = None
-    if len(set(differences)) > 1:
+    if max(differences) - min(differences) > _ROUNDING:
         from scipy.stats import ttest_rel
 
         p = float(ttest_rel([ours[s] for s in seeds], [theirs[s] for s in seeds]).pvalue)

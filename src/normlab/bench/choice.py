@@ -84,7 +84,7 @@ def parse(spec: str) -> Choice:
         >>> parse("grop")
         Traceback (most recent call last):
         ...
-        normlab.bench.choice.ChoiceError: no method is called 'grop'. Did you mean group, dyt?
+        normlab.bench.choice.ChoiceError: no method is called 'grop'. Did you mean group, batch_group?
     """
     from normlab.discovery import catalogue
 

@@ -53,7 +53,7 @@ def _ranking(
         return []
     arms.sort(key=lambda arm: -arm["accuracy"]["mean"])
     best, baseline = arms[0], comparison["baseline"]
-    where = f"With {_lower(condition['label'])}"
+    where = f"When {_lower(condition['label'])}"
     text = f"{where}, {best['normalizer']} is best at {_percent(best['accuracy']['mean'])}"
     rivals = arms[1:]
     if best["normalizer"] == baseline:

@@ -26,10 +26,10 @@ class Normalize(nn.Module):
     y = dropout(a(γ·x̂ + β)), x̂ = (x − s·μ)/D with statistics μ and D of each area.
 
     Shape:
-        x: (N, C, *positions) or (N, *positions, C), any number of positions axes, none included.
-        mask: (N, *positions), True where valid. Statistics leave out the other positions, which
-            come out as 0 and get no gradient.
-        y: As x, in the dtype of x.
+        (N, C, *positions), or (N, *positions, C) with channel_dim −1, with any number of position
+        axes, none included; the output is of the same shape and dtype. A mask is (N, *positions),
+        True where valid: statistics leave out the other positions, which come out as 0 and get no
+        gradient.
 
     Args:
         num_channels: C.
