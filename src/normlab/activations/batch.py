@@ -32,7 +32,7 @@ class BatchNorm(Normalize):
         reduce: `AllReduce()` shares statistics between processes.
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``, N·positions ≥ 2 in training.
+        (N, C, *) → (N, C, *), N·positions ≥ 2 in training.
 
     Example:
         >>> import torch

@@ -34,7 +34,7 @@ class BatchGroupNorm(Normalize):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``.
+        (N, C, *) → (N, C, *).
 
     Example:
         >>> BatchGroupNorm(8, groups=2, batch_size=4).partition.pattern

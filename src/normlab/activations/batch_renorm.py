@@ -40,7 +40,7 @@ class BatchRenorm(Normalize):
         reduce: `AllReduce()` shares statistics between processes.
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``, N·positions ≥ 2 in training.
+        (N, C, *) → (N, C, *), N·positions ≥ 2 in training.
 
     Example:
         >>> BatchRenorm(8, rmax=3.0, dmax=5.0)

@@ -24,7 +24,7 @@ class DynamicTanh(nn.Module):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``.
+        (N, C, *) → (N, C, *).
 
     Raises:
         ValueError: If x has another number of channels.
@@ -58,8 +58,12 @@ class DynamicTanh(nn.Module):
         shape = [1] * x.ndim
         shape[self.channel_dim] = -1
         weight, bias = (None if p is None else p.view(shape) for p in (self.weight, self.bias))
-        y = squash(x, self.alpha, weight, bias)
-        return y if mask is None else y.masked_fill(~mask.unsqueeze(self.channel_dim), 0)
+        if mask is None:
+            return squash(x, self.alpha, weight, bias)
+        padding = ~mask.unsqueeze(self.channel_dim)
+        # Before as well: NaN in the padding must not reach the gradients of α and γ.
+        y = squash(x.masked_fill(padding, 0), self.alpha, weight, bias)
+        return y.masked_fill(padding, 0)
 
     def extra_repr(self) -> str:
         """Print the options."""

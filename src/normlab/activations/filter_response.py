@@ -22,14 +22,14 @@ class FilterResponseNorm(Normalize):
         num_channels: C.
         eps: ε, or with `learned_eps` its fixed part.
         affine: Whether there are γ and β.
-        learned_eps: ``ε = eps + |ε_l|`` with a learned scalar ε_l, initially 1e-4. Needed where maps
+        learned_eps: ε = eps + |ε_l| with a learned scalar ε_l, initially 1e-4. Needed where maps
             have one position (fully connected layers), since the layer is the sign of x there as
             ε goes to 0.
         activation: ``"tlu"`` (the paper's), another fused activation, or None.
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``.
+        (N, C, *) → (N, C, *).
 
     Example:
         >>> FilterResponseNorm(8)

@@ -32,7 +32,7 @@ class GhostBatchNorm(Normalize):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``.
+        (N, C, *) → (N, C, *).
 
     Example:
         >>> GhostBatchNorm(8, batch_size=16)

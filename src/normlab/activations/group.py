@@ -28,7 +28,7 @@ class GroupNorm(Normalize):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``.
+        (N, C, *) → (N, C, *).
 
     Example:
         >>> GroupNorm(2, 8)

@@ -31,7 +31,7 @@ class IndependentComponent(Normalize):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``, N·positions ≥ 2 in training.
+        (N, C, *) → (N, C, *), N·positions ≥ 2 in training.
 
     Example:
         >>> IndependentComponent(8)

@@ -28,7 +28,7 @@ class InstanceNorm(Normalize):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``. A map of one position comes out as β, with a warning.
+        (N, C, *) → (N, C, *). A map of one position comes out as β, with a warning.
 
     Example:
         >>> InstanceNorm(8)

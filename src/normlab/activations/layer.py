@@ -29,7 +29,7 @@ class LayerNorm(Normalize):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``.
+        (N, C, *) → (N, C, *).
 
     Example:
         >>> LayerNorm(8), LayerNorm(8, channel_dim=-1).partition.pattern

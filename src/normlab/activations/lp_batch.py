@@ -30,7 +30,7 @@ class LpBatchNorm(Normalize):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``, N·positions ≥ 2 in training.
+        (N, C, *) → (N, C, *), N·positions ≥ 2 in training.
 
     Example:
         >>> LpBatchNorm(8, p="max")

@@ -27,7 +27,7 @@ class MeanOnlyBatchNorm(Normalize):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``, N·positions ≥ 2 in training.
+        (N, C, *) → (N, C, *), N·positions ≥ 2 in training.
 
     Example:
         >>> MeanOnlyBatchNorm(8)

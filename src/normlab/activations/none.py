@@ -17,7 +17,7 @@ class NoNorm(nn.Module):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``.
+        (N, C, *) → (N, C, *).
 
     Raises:
         ValueError: If x has another number of channels.

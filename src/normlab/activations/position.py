@@ -26,7 +26,7 @@ class PositionNorm(Normalize):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``. One channel comes out as β, with a warning.
+        (N, C, *) → (N, C, *). One channel comes out as β, with a warning.
 
     Example:
         >>> PositionNorm(8)

@@ -29,7 +29,7 @@ class RMSNorm(Normalize):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``.
+        (N, C, *) → (N, C, *).
 
     Example:
         >>> import torch

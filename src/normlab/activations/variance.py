@@ -28,7 +28,7 @@ class VarianceNorm(Normalize):
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
-        ``(N, C, *)`` → ``(N, C, *)``.
+        (N, C, *) → (N, C, *).
 
     Example:
         >>> VarianceNorm(8)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,14 @@ from normlab.core import statistics as st
 from normlab.core.operation import LearnedEps, Operation
 from normlab.core.partition import Layout, PartitionError, partition
 from normlab.core.recovery import Affine
+from normlab.core.stored import StoringLayer
 from normlab.kernels import dispatch
 from normlab.kernels.dropout import dropout
 from normlab.kernels.hold import hold
 from normlab.kernels.reference import Moments, Spec, deviation, moments
 
 
-class Normalize(nn.Module):
+class Normalize(StoringLayer):
     """A normalization layer from its four parts; every named layer is one of these.
 
     y = dropout(a(γ·x̂ + β)), x̂ = (x − s·μ)/D with statistics μ and D of each area.
@@ -69,9 +69,6 @@ class Normalize(nn.Module):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     threshold: nn.Parameter | None
-    eps_learned: nn.Parameter | None
-    num_batches_tracked: Tensor
-    skipped_updates: Tensor
 
     def __init__(
         self,
@@ -94,9 +91,6 @@ class Normalize(nn.Module):
         self.statistics = st.Current() if statistics is None else statistics
         self.recovery = Affine() if recovery is None else recovery
         self.groups, self.batch_size = groups, batch_size
-        self._use: st.Use = "auto"
-        self._update: st.Update = "auto"
-        self._pooled: tuple[Tensor, ...] | None = None
         self._warned = False
         self._check_sizes()
         self._register()
@@ -136,14 +130,7 @@ class Normalize(nn.Module):
         self.bias = parameter(r.shift, c)
         self.threshold = parameter(r.activation == "tlu", c)
         self.eps_learned = parameter(isinstance(self.operation.eps, LearnedEps))
-        self.stored_names = self.statistics.names(self.operation)
-        if self.stored_names:
-            k = self.partition.stored_size(c, self._sizes(self.batch_size or 1))
-            for name in self.stored_names:
-                self.register_buffer(name, torch.empty(k))
-            self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
-            skipped = torch.tensor(0, dtype=torch.long)
-            self.register_buffer("skipped_updates", skipped, persistent=False)
+        self._register_stored(self.partition.stored_size(c, self._sizes(self.batch_size or 1)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -156,59 +143,17 @@ class Normalize(nn.Module):
             if self.eps_learned is not None:
                 self.eps_learned.fill_(cast(LearnedEps, self.operation.eps).init)
 
-    def reset_running_stats(self) -> None:
-        """Set the stored statistics to mean 0, deviation 1."""
-        self._pooled = None
-        for name in self.stored_names:
-            getattr(self, name).fill_(0.0 if name == "running_mean" else 1.0)
-        if self.stored_names:
-            self.num_batches_tracked.zero_()
-            self.skipped_updates.zero_()
-
     @property
     def activation(self) -> str | None:
         """The activation that is part of this layer, or None."""
         return self.recovery.activation
-
-    @property
-    def eps(self) -> Tensor | float:
-        """ε in force; a tensor where it is learned."""
-        eps = self.operation.eps
-        if isinstance(eps, LearnedEps):
-            return eps.floor + cast(Tensor, self.eps_learned).abs()
-        return eps
-
-    @property
-    def use(self) -> st.Use:
-        """The `use` policy."""
-        return self._use
-
-    @use.setter
-    def use(self, value: st.Use) -> None:
-        if value not in ("auto", "batch", "stored"):
-            raise ValueError(f"use is 'auto', 'batch' or 'stored'; received {value!r}")
-        if value == "stored" and not self.stored_names:
-            raise ValueError(f"use='stored' needs stored statistics, and {self} keeps none")
-        self._use = value
-
-    @property
-    def update(self) -> st.Update:
-        """The `update` policy."""
-        return self._update
-
-    @update.setter
-    def update(self, value: st.Update) -> None:
-        if value not in ("auto", True, False, "accumulate"):
-            raise ValueError(f"update is 'auto', True, False or 'accumulate'; received {value!r}")
-        self._update = value
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x; see the class."""
         self._check_input(x, mask)
         if x.numel() == 0:  # nothing to average; parameters stay in the graph with gradient 0
             return x + 0 * sum((p.sum() for p in self.parameters()), x.new_zeros(()))
-        stored = self._use == "stored" or (self._use == "auto" and not self.training)
-        from_batch = not (stored and self.stored_names)
+        from_batch = not self._uses_stored
         n = x.shape[0]
         parts = -(-n // self.batch_size) if from_batch and self.batch_size else 1
         if n % parts == 0:
@@ -264,84 +209,6 @@ class Normalize(nn.Module):
         shift = d if weight is None else weight * d
         return (r if weight is None else weight * r), (shift if bias is None else bias + shift)
 
-    def _from_stored(self, layout: Layout, eps: Tensor | float) -> tuple[Moments, Tensor | float]:
-        """The stored statistics as moments, and the ε to add to them."""
-        stored = {n: layout.from_stored(getattr(self, n)) for n in self.stored_names}
-        mean = stored.get("running_mean")
-        if "running_std" in stored:  # ε is inside it already
-            return Moments(mean, stored["running_std"] ** 2, layout.members), 0.0
-        moment = stored.get("running_var")
-        if "running_deviation" in stored:
-            power = self.operation.power
-            moment = stored["running_deviation"] ** power
-        return Moments(mean, moment, layout.members), eps
-
-    @torch.no_grad()
-    def _maybe_update(self, layout: Layout, given: Moments) -> None:
-        """Apply the update policy to the batch's moments."""
-        policy = self.training if self._update == "auto" else self._update
-        if not self.stored_names or policy is False:
-            return
-        batch = tuple(t for t in (given.mean, given.moment) if t is not None)
-        buffers = [getattr(self, n) for n in self.stored_names]
-        # Inside a transform, layers whose buffers are not part of it keep them: a probe of the
-        # model (per-sample gradients, curvature) must not change the model.
-        if st.transformed(*batch) and not st.transformed(*buffers):
-            return
-        if policy == "accumulate":
-            self._pool(layout, given)
-            return
-        self._write({n: layout.to_stored(v) for n, v in self._to_store(given).items()})
-
-    def _to_store(self, given: Moments) -> dict[str, Tensor]:
-        """What each buffer averages, still per area."""
-        values = {}
-        for name in self.stored_names:
-            if name == "running_mean":
-                values[name] = cast(Tensor, given.mean)
-            elif name == "running_std":
-                values[name] = deviation(cast(Tensor, given.moment), self.operation, self.eps)
-            else:
-                values[name] = st.deviation_to_store(
-                    given, self.operation, getattr(self.statistics, "bessel", True)
-                )
-        return values
-
-    def _write(self, values: dict[str, Tensor]) -> None:
-        """Blend a batch's statistics into the buffers, where all of a channel's are finite."""
-        self.num_batches_tracked.add_(1)
-        momentum = getattr(self.statistics, "momentum", None)
-        weight = 1.0 / self.num_batches_tracked.float() if momentum is None else momentum
-        valid = torch.stack([v.isfinite() for v in values.values()]).all(0)
-        self.skipped_updates.add_((~valid).sum())
-        for name, value in values.items():
-            st.blend(getattr(self, name), value, weight, valid)
-
-    def _pool(self, layout: Layout, given: Moments) -> None:
-        """Merge a batch's moments into those that wait for `commit`."""
-        like = given.moment if given.moment is not None else given.mean
-        assert like is not None
-        count = torch.as_tensor(given.size, device=like.device, dtype=like.dtype)
-        zero = torch.zeros_like(like)
-        parts = (count.expand(like.shape), given.mean if given.mean is not None else zero,
-                 given.moment if given.moment is not None else zero)  # fmt: skip
-        new = tuple(layout.to_stored(part) for part in parts)
-        self._pooled = new if self._pooled is None else st.pool(self._pooled, new, self.operation)
-
-    @torch.no_grad()
-    def commit(self) -> bool:
-        """Fold what ``update="accumulate"`` pooled into the stored statistics, as one batch.
-
-        Returns:
-            Whether there was anything.
-        """
-        if self._pooled is None:
-            return False
-        count, mean, moment = self._pooled
-        self._write(self._to_store(Moments(mean, moment, count)))
-        self._pooled = None
-        return True
-
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
         """Raise for inputs that this layer cannot take."""
         if not x.is_floating_point():
@@ -375,16 +242,6 @@ class Normalize(nn.Module):
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Normalize:
-        """Move or cast as any module, but keep stored statistics in float32 at least."""
-        before = {name: getattr(self, name) for name in self.stored_names}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = getattr(self, name)
-            if torch.finfo(new.dtype).bits < 32:
-                setattr(self, name, old.to(new.device, torch.float32))
-        return self
 
     def extra_repr(self) -> str:
         """Print the pattern in force and the options that matter."""

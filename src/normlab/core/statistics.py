@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, cast
@@ -200,6 +200,7 @@ def deviation_to_store(moments: Moments, operation: Operation, bessel: bool) -> 
 def blend(old: Tensor, new: Tensor, weight: float | Tensor, valid: Tensor) -> None:
     """Move a stored statistic towards a batch's, in place, where the batch's are all finite."""
     new = new.to(old.dtype)
+    weight = weight.to(old.dtype) if isinstance(weight, Tensor) else weight
     old.copy_(torch.where(valid, torch.lerp(old, torch.where(valid, new, old), weight), old))
 
 
@@ -220,12 +221,26 @@ def pool(a: tuple[Tensor, ...], b: tuple[Tensor, ...], operation: Operation) -> 
     return n, mean, moment
 
 
-def transformed(*tensors: Tensor) -> bool:
-    """Whether any tensor belongs to a running `torch.func` transform (vmap, grad, jvp …)."""
+def writable(batch: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
+    """Whether statistics of a batch may be written to these buffers.
+
+    Inside a `torch.func` transform, buffers that are not part of it stay as they are: a probe of
+    the model (per-sample gradients, curvature) must not change the model. Nor can values that are
+    batched by vmap be written to buffers that are not.
+    """
     if torch.compiler.is_compiling():
-        return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # no public equivalent exists
-    return any(wrapped(t) for t in tensors)
+        return True
+    functorch = torch._C._functorch  # no public equivalent exists
+
+    def level(x: Tensor) -> int:
+        """Level of the innermost vmap that x is batched by; wrappers of grad and jvp come off."""
+        while functorch.is_gradtrackingtensor(x):
+            x = functorch.get_unwrapped(x)
+        return functorch.maybe_get_level(x) if functorch.is_batchedtensor(x) else 0
+
+    inside = any(functorch.is_functorch_wrapped_tensor(t) for t in batch)
+    ours = all(functorch.is_functorch_wrapped_tensor(t) for t in buffers)
+    return not inside or (ours and max(map(level, batch)) <= min(map(level, buffers)))
 
 
 class statistics:

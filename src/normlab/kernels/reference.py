@@ -124,6 +124,9 @@ def moments(
         # The correction is a rounding error of the mean: subtracting its square here spares a pass
         # over x and cancels nothing.
         moment = (moment - correction**2).clamp(min=0)
+    if mask is not None:
+        # An area without a valid member gets deviation 1: with ε = 0 it would get 0/0.
+        moment = moment.masked_fill(total(mask.to(x.dtype), dims, reduce) == 0, 1)
     return Moments(mean, moment, count)
 
 

@@ -1,0 +1,14 @@
+"""The laws of normalizers, usable on any layer: ``nl.check_normalizer(factory)``.
+
+    import normlab as nl
+    report = nl.check_normalizer(MyNorm, invariances=[nl.Invariance("scale", "channel")])
+    print(report)
+    report.raise_for_failures()
+
+A law is one function from a `Subject` to a `Finding`, and one row of the table in `suite`.
+"""
+
+from normlab.conformance.report import ConformanceError, LawResult, Report
+from normlab.conformance.suite import check_normalizer, law_names
+
+__all__ = ["ConformanceError", "LawResult", "Report", "check_normalizer", "law_names"]
