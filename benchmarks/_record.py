@@ -1,0 +1,125 @@
+"""The record of a run: one JSON file, and a Markdown table of the same numbers beside it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from _table import markdown
+from _timing import cpu_time
+from normlab.bench.environment import environment
+
+SCHEMA = 1
+ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
+
+
+def revision() -> str:
+    """Source revision of the checkout; "+" marks local changes, files not yet added included."""
+    here = str(Path(__file__).resolve().parent)
+
+    def git(*args: str) -> str:
+        line = ["git", "-C", here, *args]
+        return subprocess.run(
+            line, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ":/src", ":/benchmarks")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def load() -> list[float] | None:
+    """Load averages over 1, 5 and 15 minutes; None where the system has none."""
+    return [round(v, 2) for v in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def command() -> str:
+    """The command without directories, so that it reads the same on every machine."""
+    words = " ".join(["python benchmarks/layers.py", *sys.argv[1:]])
+    return re.sub(r" --out[ =]\S+", "", words)
+
+
+class Record:
+    """Rows with what they were measured on.
+
+    Attributes:
+        complete: Whether every cell that was asked for is in it.
+        cells: (method, shape, dtype, layout) of the rows so far.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        now = datetime.now(UTC)
+        self.complete = False
+        self.cells: set[tuple[str, ...]] = set()
+        self._rows: list[dict[str, Any]] = []
+        self._head = {
+            "schema": SCHEMA,
+            "kind": "layers",
+            "date": now.isoformat(timespec="seconds"),
+            "command": command(),
+            "short": options.short,
+            "rounds": options.rounds,
+            "environment": environment() | {"revision": revision()},
+            "threads": torch.get_num_threads(),
+            "clock": "processor time" if cpu_time() else "wall time",
+            "libc": " ".join(platform.libc_ver()),
+            "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
+            "load_at_start": load(),
+        }
+        self._stem = free(options.out, f"layers-{now:%Y-%m-%d}-{slug(environment()['cpu'])}")
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Add the rows of a cell, with the load at this time."""
+        now = load()
+        for row in rows:
+            self.cells.add((row["method"], row["shape"], row["dtype"], row["layout"]))
+            self._rows.append({**row, "load": now[0] if now else None})
+
+    def content(self) -> dict[str, Any]:
+        """The record as it stands."""
+        end = {"load_at_end": load(), "complete": self.complete, "rows": self._rows}
+        return self._head | end
+
+    def write(self) -> list[Path]:
+        """Write both files; return their paths."""
+        content = self.content()
+        texts = {".json": json.dumps(content, indent=1) + "\n", ".md": markdown(content)}
+        paths = []
+        for suffix, text in texts.items():
+            paths.append(self._stem.with_name(self._stem.name + suffix))
+            replace(paths[-1], text)
+        return paths
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    waiting = path.with_name(f".{path.name}.{os.getpid()}")
+    waiting.write_text(text, encoding="utf-8")
+    waiting.replace(path)
+
+
+def slug(text: str) -> str:
+    """Letters and digits of a text, joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "cpu"
+
+
+def free(folder: Path, name: str) -> Path:
+    """A path without suffix that no record has yet: a second run of a day is numbered."""
+    stem, number = folder / name, 1
+    while stem.with_name(stem.name + ".json").exists():
+        number += 1
+        stem = folder / f"{name}-{number}"
+    return stem
