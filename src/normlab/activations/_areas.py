@@ -22,7 +22,8 @@ def sample_or_position(over: Over | None, channel_dim: int) -> str:
     Raises:
         ValueError: If `over` is another word.
     """
-    choice = over or ("position" if channel_dim == -1 else "sample")
+    custom = "position" if channel_dim == -1 else "sample"
+    choice = custom if over is None else over
     if choice not in _PATTERNS:
         raise ValueError(f"over is 'sample' or 'position'; received {over!r}")
     return _PATTERNS[choice]

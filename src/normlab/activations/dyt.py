@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.core.card import Card
+from normlab.core.checks import check_channels, check_input
 from normlab.kernels.squash import squash
 
 
@@ -41,8 +42,7 @@ class DynamicTanh(nn.Module):
         self, num_channels: int, alpha: float = 0.5, affine: bool = True, *, channel_dim: int = 1
     ) -> None:
         super().__init__()
-        if channel_dim not in (1, -1):
-            raise ValueError(f"channel_dim is 1 or -1; received {channel_dim}")
+        check_channels(num_channels, channel_dim)
         self.num_channels, self.initial_alpha, self.channel_dim = num_channels, alpha, channel_dim
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
         self.weight = nn.Parameter(torch.ones(num_channels)) if affine else None
@@ -50,11 +50,7 @@ class DynamicTanh(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Squash x; a mask only sets the positions where it is false to 0."""
-        if x.ndim < 2 or x.shape[self.channel_dim] != self.num_channels:
-            raise ValueError(
-                f"{self} has {self.num_channels} channels on axis {self.channel_dim}; "
-                f"received shape {tuple(x.shape)}"
-            )
+        check_input(self, x, mask, self.num_channels, self.channel_dim)
         shape = [1] * x.ndim
         shape[self.channel_dim] = -1
         weight, bias = (None if p is None else p.view(shape) for p in (self.weight, self.bias))

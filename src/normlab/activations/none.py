@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from normlab.core.card import Card
+from normlab.core.checks import check_channels, check_input
 
 
 class NoNorm(nn.Module):
@@ -29,17 +30,12 @@ class NoNorm(nn.Module):
 
     def __init__(self, num_channels: int, *, channel_dim: int = 1) -> None:
         super().__init__()
-        if channel_dim not in (1, -1):
-            raise ValueError(f"channel_dim is 1 or -1; received {channel_dim}")
+        check_channels(num_channels, channel_dim)
         self.num_channels, self.channel_dim = num_channels, channel_dim
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return x; a mask only sets the positions where it is false to 0."""
-        if x.ndim < 2 or x.shape[self.channel_dim] != self.num_channels:
-            raise ValueError(
-                f"{self} has {self.num_channels} channels on axis {self.channel_dim}; "
-                f"received shape {tuple(x.shape)}"
-            )
+        check_input(self, x, mask, self.num_channels, self.channel_dim)
         return x if mask is None else x.masked_fill(~mask.unsqueeze(self.channel_dim), 0)
 
     def extra_repr(self) -> str:

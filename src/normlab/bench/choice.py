@@ -84,7 +84,7 @@ def parse(spec: str) -> Choice:
         >>> parse("grop")
         Traceback (most recent call last):
         ...
-        normlab.bench.choice.ChoiceError: no method is called 'grop'. Did you mean group, batch_group?
+        normlab.bench.choice.ChoiceError: no method is called 'grop'. Did you mean group, ...
     """
     from normlab.discovery import catalogue
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.core import statistics as st
+from normlab.core.checks import check_channels, check_input
 from normlab.core.operation import LearnedEps, Operation
 from normlab.core.partition import Layout, PartitionError, partition
 from normlab.core.recovery import Affine
@@ -83,8 +84,7 @@ class Normalize(StoringLayer):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if num_channels < 1:
-            raise ValueError(f"a layer has at least 1 channel; received {num_channels}")
+        check_channels(num_channels, channel_dim)
         self.num_channels, self.channel_dim = num_channels, channel_dim
         self.partition = partition(pattern)
         self.operation = operation
@@ -150,26 +150,33 @@ class Normalize(StoringLayer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x; see the class."""
-        self._check_input(x, mask)
-        if x.numel() == 0:  # nothing to average; parameters stay in the graph with gradient 0
+        check_input(self, x, mask, self.num_channels, self.channel_dim)
+        if x.numel() == 0 and self.statistics.reduce is None:
+            # Nothing to average; parameters stay in the graph, with gradient 0.
             return x + 0 * sum((p.sum() for p in self.parameters()), x.new_zeros(()))
-        from_batch = not self._uses_stored
+        measured: list[tuple[Layout, Moments]] = []
+        ys = [self._normalize(part, m, measured) for part, m in self._pieces(x, mask)]
+        self._maybe_update(measured)
+        return self._recover(ys[0] if len(ys) == 1 else torch.cat(ys))
+
+    def _pieces(self, x: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """The batch, in two where ghost batches of nearly equal size are not all equal."""
         n = x.shape[0]
-        parts = -(-n // self.batch_size) if from_batch and self.batch_size else 1
-        if n % parts == 0:
-            return self._recover(self._normalize(x, mask, from_batch))
+        parts = -(-n // self.batch_size) if self.batch_size else 1
+        if self._uses_stored or n % max(parts, 1) == 0:
+            return [(x, mask)]
         cut = (n % parts) * (n // parts + 1)
-        pieces = [slice(0, cut), slice(cut, n)]
-        masks = [None if mask is None else mask[piece] for piece in pieces]
-        ys = [self._normalize(x[p], m, True) for p, m in zip(pieces, masks, strict=True)]
-        return self._recover(torch.cat(ys))
+        masks = (None, None) if mask is None else (mask[:cut], mask[cut:])
+        return [(x[:cut], masks[0]), (x[cut:], masks[1])]
 
     def _recover(self, y: Tensor) -> Tensor:
         """The parts of Ψ that no kernel fuses."""
         return dropout(y, self.recovery.dropout) if self.training else y
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, from_batch: bool) -> Tensor:
-        """Π, statistics, Φ, Ψ, Π⁻¹ for one batch."""
+    def _normalize(
+        self, x: Tensor, mask: Tensor | None, measured: list[tuple[Layout, Moments]]
+    ) -> Tensor:
+        """Π, statistics, Φ, Ψ, Π⁻¹ for one piece; moments of the batch are added to `measured`."""
         sizes = self._sizes(x.shape[0])
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
         view = layout.split(x)
@@ -177,15 +184,16 @@ class Normalize(StoringLayer):
         affine = [self.weight, self.bias, self.threshold]
         weight, bias, threshold = [None if p is None else layout.per_channel(p) for p in affine]
         eps, reduce = self.eps, self.statistics.reduce
-        if from_batch:
+        from_batch = not self._uses_stored
+        if from_batch or self._updates:
             self._check_members(layout, reduce is not None)
             with torch.no_grad():
                 given = moments(view.detach(), layout.member_dims, self.operation, mask, reduce)
-            if isinstance(self.statistics, st.Renormalized):
-                weight, bias = self._renormalize(layout, given, weight, bias)
-            self._maybe_update(layout, given)
-        else:
+            measured.append((layout, given))
+        if not from_batch:
             given, eps = self._from_stored(layout, eps)
+        elif isinstance(self.statistics, st.Renormalized):
+            weight, bias = self._renormalize(layout, given, weight, bias)
         spec = Spec(layout.member_dims, self.operation, self.activation)
         y: Tensor = dispatch.implementation().normalize(
             view, given, weight, bias, threshold, eps, mask, spec,
@@ -208,19 +216,6 @@ class Normalize(StoringLayer):
         r, d = hold(r), hold(d)
         shift = d if weight is None else weight * d
         return (r if weight is None else weight * r), (shift if bias is None else bias + shift)
-
-    def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
-        """Raise for inputs that this layer cannot take."""
-        if not x.is_floating_point():
-            raise TypeError(f"{self} takes floating-point input; received {x.dtype}")
-        if x.ndim < 2 or x.shape[self.channel_dim] != self.num_channels:
-            where = "last axis" if self.channel_dim == -1 else "axis 1"
-            raise ValueError(
-                f"{self} has {self.num_channels} channels on {where}; received shape "
-                f"{tuple(x.shape)}. Layers for (…, C) take channel_dim=-1."
-            )
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"mask is boolean, True where valid; received {mask.dtype}")
 
     def _check_members(self, layout: Layout, synchronized: bool) -> None:
         """Refuse, or warn of, areas of one member, which come out as zero whatever they held."""

@@ -30,6 +30,10 @@ class LearnedEps:
     floor: float = 1e-6
     init: float = 1e-4
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor < math.inf:
+            raise ValueError(f"eps is a finite number of at least 0; received eps={self.floor}")
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -53,6 +57,8 @@ class Operation:
     def __post_init__(self) -> None:
         if self.p is not None and not self.p >= 1:
             raise ValueError(f"p is at least 1, or math.inf for the maximum; received p={self.p}")
+        if self.about not in ("mean", "zero"):
+            raise ValueError(f"about is 'mean' or 'zero'; received {self.about!r}")
         if isinstance(self.eps, float | int) and not (0 <= self.eps < math.inf):
             raise ValueError(f"eps is a finite number of at least 0; received eps={self.eps}")
 

@@ -214,11 +214,11 @@ class Layout:
         keep = {name for name in p.areas if p.role(name) == "channel"}
         return tuple(i for i, name in enumerate(self.names) if name in keep)
 
-    def to_stored(self, statistic: Tensor) -> Tensor:
-        """Average a per-area statistic over areas that are not channels; flatten to (K,)."""
+    def sum_stored(self, statistic: Tensor) -> Tensor:
+        """Sum a per-area statistic over areas that are not channels; flatten to (K,)."""
         keep = self.stored_dims()
         rest = tuple(i for i in range(statistic.ndim) if i not in keep and statistic.shape[i] != 1)
-        return (statistic.mean(rest, keepdim=True) if rest else statistic).reshape(-1)
+        return (statistic.sum(rest, keepdim=True) if rest else statistic).reshape(-1)
 
     def from_stored(self, stored: Tensor) -> Tensor:
         """View a stored statistic of shape (K,) so that it broadcasts against the split view."""
@@ -227,14 +227,6 @@ class Layout:
 
     def per_position(self, mask: Tensor) -> Tensor:
         """View a mask of shape (N, *positions) so that it broadcasts against the split view."""
-        expected = tuple(
-            s for i, s in enumerate(self.shape) if i != self.channel_dim % len(self.shape)
-        )
-        if tuple(mask.shape) != expected:
-            raise PartitionError(
-                f"mask has shape (N, *positions) = {expected} for an input of shape {self.shape}; "
-                f"received {tuple(mask.shape)}"
-            )
         shape = [
             1 if self.partition.role(name) == "channel" else size
             for name, size in zip(self.names, self.split_shape, strict=True)

@@ -124,7 +124,7 @@ class Renormalized:
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum is in [0, 1]; received {self.momentum}")
         for name, bound, least in (("rmax", self.rmax, 1), ("dmax", self.dmax, 0)):
-            if not callable(bound) and bound < least:
+            if not callable(bound) and not bound >= least:
                 raise ValueError(f"{name} is at least {least}; received {bound}")
 
     def names(self, operation: Operation) -> tuple[str, ...]:
@@ -185,7 +185,8 @@ def unbiased(moments: Moments) -> Tensor:
     assert moments.moment is not None
     if isinstance(moments.size, int):
         return moments.moment * (moments.size / max(moments.size - 1, 1))
-    return moments.moment * (moments.size / (moments.size - 1).clamp(min=1))
+    size = moments.size.clamp(min=1)
+    return moments.moment * (size / (size - 1).clamp(min=1))
 
 
 def deviation_to_store(moments: Moments, operation: Operation, bessel: bool) -> Tensor:
@@ -243,6 +244,14 @@ def writable(batch: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
     return not inside or (ours and max(map(level, batch)) <= min(map(level, buffers)))
 
 
+def check_policies(use: object = None, update: object = None) -> None:
+    """Raise ValueError for a policy that there is not; None is one that is left as it is."""
+    if use is not None and use not in ("auto", "batch", "stored"):
+        raise ValueError(f"use is 'auto', 'batch' or 'stored'; received {use!r}")
+    if update is not None and update not in ("auto", True, False, "accumulate"):
+        raise ValueError(f"update is 'auto', True, False or 'accumulate'; received {update!r}")
+
+
 class statistics:
     """Set the statistics policies of every layer of a model; undone on leaving a ``with`` block.
 
@@ -267,6 +276,7 @@ class statistics:
     def __init__(
         self, model: nn.Module, use: Use | None = None, update: Update | None = None
     ) -> None:
+        check_policies(use, update)
         self._before = [(layer, layer.use, layer.update) for layer in _storing(model)]
         if not self._before:
             warnings.warn(

@@ -39,7 +39,8 @@ class StoringLayer(nn.Module):
         if not self.stored_names:
             return
         for name in self.stored_names:
-            self.register_buffer(name, torch.empty(size))
+            dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            self.register_buffer(name, torch.empty(size, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
         skipped = torch.tensor(0, dtype=torch.long)
         self.register_buffer("skipped_updates", skipped, persistent=False)
@@ -68,8 +69,7 @@ class StoringLayer(nn.Module):
 
     @use.setter
     def use(self, value: st.Use) -> None:
-        if value not in ("auto", "batch", "stored"):
-            raise ValueError(f"use is 'auto', 'batch' or 'stored'; received {value!r}")
+        st.check_policies(use=value)
         if value == "stored" and not self.stored_names:
             raise ValueError(f"use='stored' needs stored statistics, and {self} keeps none")
         self._use = value
@@ -81,8 +81,7 @@ class StoringLayer(nn.Module):
 
     @update.setter
     def update(self, value: st.Update) -> None:
-        if value not in ("auto", True, False, "accumulate"):
-            raise ValueError(f"update is 'auto', True, False or 'accumulate'; received {value!r}")
+        st.check_policies(update=value)
         self._update = value
 
     @property
@@ -93,7 +92,8 @@ class StoringLayer(nn.Module):
 
     def _from_stored(self, layout: Layout, eps: Tensor | float) -> tuple[Moments, Tensor | float]:
         """The stored statistics as moments, and the ε to add to them."""
-        stored = {n: layout.from_stored(getattr(self, n)) for n in self.stored_names}
+        # Copies: an update before the backward pass must not change what this pass has used.
+        stored = {n: layout.from_stored(getattr(self, n).clone()) for n in self.stored_names}
         mean = stored.get("running_mean")
         if "running_std" in stored:  # ε is inside it already
             return Moments(mean, stored["running_std"] ** 2, layout.members), 0.0
@@ -103,20 +103,44 @@ class StoringLayer(nn.Module):
             moment = stored["running_deviation"] ** power
         return Moments(mean, moment, layout.members), eps
 
-    @torch.no_grad()
-    def _maybe_update(self, layout: Layout, given: Moments) -> None:
-        """Apply the update policy to the batch's moments."""
+    @property
+    def _updates(self) -> bool:
+        """Whether this forward pass changes stored statistics, or pools for it."""
         policy = self.training if self._update == "auto" else self._update
-        if not self.stored_names or policy is False:
-            return
-        batch = [t for t in (given.mean, given.moment) if t is not None]
+        return bool(policy) and bool(self.stored_names)
+
+    @torch.no_grad()
+    def _maybe_update(self, measured: list[tuple[Layout, Moments]]) -> None:
+        """Apply the update policy to the moments of the pieces of a batch, as one batch."""
+        tensors = [t for _, m in measured for t in (m.mean, m.moment) if t is not None]
         buffers = [getattr(self, n) for n in self.stored_names]
-        if not st.writable(batch, buffers):
+        if not measured or not self._updates or not st.writable(tensors, buffers):
             return
-        if policy == "accumulate":
-            self._pool(layout, given)
+        if self._update == "accumulate":
+            self._pool(measured)
             return
-        self._write({n: layout.to_stored(v) for n, v in self._to_store(given).items()})
+        values, areas = self._averages(measured, self._to_store)
+        self._write(values, areas > 0)
+
+    def _averages(
+        self,
+        measured: list[tuple[Layout, Moments]],
+        per_area: Callable[[Moments], dict[str, Tensor]],
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Average over the areas of each stored channel that have members; also count those."""
+        sums: dict[str, Tensor] = {}
+        areas: Tensor | None = None
+        for layout, moments in measured:
+            values = per_area(moments)
+            like = next(iter(values.values()))
+            present = (torch.as_tensor(moments.size, device=like.device) > 0).expand(like.shape)
+            for name, value in values.items():
+                kept = layout.sum_stored(value.masked_fill(~present, 0))
+                sums[name] = sums[name] + kept if name in sums else kept
+            count = layout.sum_stored(present.to(like.dtype))
+            areas = count if areas is None else areas + count
+        assert areas is not None
+        return {name: value / areas.clamp(min=1) for name, value in sums.items()}, areas
 
     def _to_store(self, given: Moments) -> dict[str, Tensor]:
         """What each buffer averages, still per area."""
@@ -132,25 +156,37 @@ class StoringLayer(nn.Module):
                 )
         return values
 
-    def _write(self, values: dict[str, Tensor]) -> None:
-        """Blend a batch's statistics into the buffers, where all of a channel's are finite."""
-        self.num_batches_tracked.add_(1)
-        momentum = getattr(self.statistics, "momentum", None)
-        weight = 1.0 / self.num_batches_tracked.float() if momentum is None else momentum
-        valid = torch.stack([v.isfinite() for v in values.values()]).all(0)
-        self.skipped_updates.add_((~valid).sum())
-        for name, value in values.items():
-            st.blend(getattr(self, name), value, weight, valid)
+    def _write(self, values: dict[str, Tensor], present: Tensor) -> None:
+        """Blend a batch's statistics into the buffers.
 
-    def _pool(self, layout: Layout, given: Moments) -> None:
+        Args:
+            values: What is averaged, by name of the buffer.
+            present: Which channels had any valid member. Of these, a channel whose statistics are
+                not all finite is left alone, and counted.
+        """
+        finite = torch.stack([v.isfinite() for v in values.values()]).all(0)
+        valid = finite & present
+        self.skipped_updates.add_((present & ~finite).sum())
+        self.num_batches_tracked.add_(present.any())
+        momentum = getattr(self.statistics, "momentum", None)
+        for name, value in values.items():
+            buffer = getattr(self, name)
+            count = self.num_batches_tracked.to(buffer.dtype)
+            st.blend(buffer, value, 1 / count if momentum is None else momentum, valid)
+
+    def _pool(self, measured: list[tuple[Layout, Moments]]) -> None:
         """Merge a batch's moments into those that wait for `commit`."""
-        like = given.moment if given.moment is not None else given.mean
-        assert like is not None
-        count = torch.as_tensor(given.size, device=like.device, dtype=like.dtype)
-        zero = torch.zeros_like(like)
-        parts = (count.expand(like.shape), given.mean if given.mean is not None else zero,
-                 given.moment if given.moment is not None else zero)  # fmt: skip
-        new = tuple(layout.to_stored(part) for part in parts)
+
+        def parts(given: Moments) -> dict[str, Tensor]:
+            like = cast(Tensor, given.moment if given.moment is not None else given.mean)
+            size = torch.as_tensor(given.size, device=like.device, dtype=like.dtype)
+            zero = torch.zeros_like(like)
+            mean = zero if given.mean is None else given.mean
+            moment = zero if given.moment is None else given.moment
+            return {"size": size.expand(like.shape), "mean": mean, "moment": moment}
+
+        means, areas = self._averages(measured, parts)
+        new = (means["size"] * areas, means["mean"], means["moment"])
         self._pooled = new if self._pooled is None else st.pool(self._pooled, new, self.operation)
 
     @torch.no_grad()
@@ -163,7 +199,7 @@ class StoringLayer(nn.Module):
         if self._pooled is None:
             return False
         count, mean, moment = self._pooled
-        self._write(self._to_store(Moments(mean, moment, count)))
+        self._write(self._to_store(Moments(mean, moment, count)), count > 0)
         self._pooled = None
         return True
 

@@ -47,7 +47,9 @@ def _phi(z: Tensor, p: float, moment: Tensor, spec: Spec, count: Tensor | int) -
     if p == 1:
         return z.sign()
     if math.isinf(p):
-        top = (z.abs() == moment).to(z.dtype)
+        # Not compared with the saved maximum: z has been rounded anew since.
+        size = z.abs()
+        top = (size == (size.amax(spec.dims, keepdim=True) if spec.dims else size)).to(z.dtype)
         return top * z.sign() * (count / total(top, spec.dims))
     return z.abs() ** (p - 1) * z.sign()
 
@@ -97,16 +99,19 @@ class _Normalize(torch.autograd.Function):
 class _State:
     """What both derivatives start from: statistics, z, x̂ and u, in the accumulation dtype."""
 
-    def __init__(self, ctx: Any, differentiable: bool) -> None:
-        saved = ctx.saved_tensors
+    def __init__(self, ctx: Any, differentiable: bool | None = None) -> None:
+        saved = ctx.saved_tensors  # once: under activation checkpointing each reading recomputes
+        if differentiable is None:
+            differentiable = torch.is_grad_enabled() or _dual(saved[0])
         self.x, mean, moment, self.weight, self.bias, self.threshold, eps, self.mask, count = saved
         self.eps = eps if ctx.eps is None else ctx.eps
-        self.count = count if ctx.count is None else ctx.count
+        size = count if ctx.count is None else ctx.count
         self.spec, self.from_batch, self.reduce = ctx.spec, ctx.from_batch, ctx.reduce
         op = self.spec.operation
         if differentiable and self.from_batch:
             given = reference.moments(self.x, self.spec.dims, op, self.mask, self.reduce)
-            mean, moment, self.count = given
+            mean, moment, size = given
+        self.count = reference.divisor(size)
         self.mean, self.moment = mean, moment
         xa = masked(accumulated(self.x), self.mask)
         self.z = reference.deviations(xa, mean, op.about, self.mask)
@@ -144,8 +149,8 @@ def _activation_gradient(g: Tensor, s: _State) -> tuple[Tensor, Tensor | None]:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x = ctx.saved_tensors[0]
-    s = _State(ctx, torch.is_grad_enabled() or _dual(x))
+    s = _State(ctx)
+    x = s.x
     needs = ctx.needs_input_grad
     g, dthreshold = _activation_gradient(masked(accumulated(dy), s.mask), s)
     # One pass over g and over g·x̂ serves γ, β and the statistics alike: sum first along the

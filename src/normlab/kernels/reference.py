@@ -26,7 +26,8 @@ class Moments(NamedTuple):
     Attributes:
         mean: μ, or None where the operation needs none.
         moment: M = mean|x − b·μ|ᵖ (the largest value for p = ∞), or None for p = None.
-        size: Number of members of each area; a tensor where masks or processes make it vary.
+        size: Number of members of each area, 0 where all are masked; a tensor where masks or
+            processes make it vary.
     """
 
     mean: Tensor | None
@@ -79,8 +80,12 @@ def members(
     else:
         repeats = math.prod([x.shape[d] // mask.shape[d] for d in dims])
         count = total(mask.to(accumulated(x).dtype), dims) * repeats
-    count = reduce(count) if reduce else count
-    return count.clamp(min=1)
+    return reduce(count) if reduce else count
+
+
+def divisor(size: Tensor | int) -> Tensor | int:
+    """The number to divide sums by: areas without members have sums of 0, and means of 0."""
+    return size if isinstance(size, int) else size.clamp(min=1)
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -108,7 +113,8 @@ def moments(
     that difference, never as E[x²] − E[x]²: a mean of 10⁴ beside a deviation of 1 stays exact.
     """
     x = masked(accumulated(x), mask)
-    count = members(x, dims, mask, reduce)
+    size = members(x, dims, mask, reduce)
+    count = divisor(size)
     mean, z = None, x
     if operation.uses_mean:
         rough = total(x, dims, reduce) / count
@@ -118,16 +124,16 @@ def moments(
         if operation.about == "mean":
             z = left if operation.p == 2 else masked(left - correction, mask)
     if operation.p is None:
-        return Moments(mean, None, count)
+        return Moments(mean, None, size)
     moment = _moment(z, operation.p, dims, count, reduce)
     if operation.p == 2 and z is not x:
         # The correction is a rounding error of the mean: subtracting its square here spares a pass
         # over x and cancels nothing.
         moment = (moment - correction**2).clamp(min=0)
-    if mask is not None:
+    if isinstance(size, Tensor):
         # An area without a valid member gets deviation 1: with ε = 0 it would get 0/0.
-        moment = moment.masked_fill(total(mask.to(x.dtype), dims, reduce) == 0, 1)
-    return Moments(mean, moment, count)
+        moment = moment.masked_fill(size == 0, 1)
+    return Moments(mean, moment, size)
 
 
 def _moment(
