@@ -109,14 +109,15 @@ class Normalize(StoringLayer):
         shape, sizes = (count, self.num_channels), self._sizes(count)
         self.partition.bind(shape, channel_dim=self.channel_dim, sizes=sizes)
 
-    def _sizes(self, samples: int) -> dict[str, int]:
-        """Lengths of the split axes for a batch of that many samples."""
+    def _sizes(self, samples: int, ghosts: bool = True) -> dict[str, int]:
+        """Lengths of the split axes for a batch of that many samples, whole if not in ghosts."""
         sizes = {}
         names_n, names_c, _ = self.partition.axes
         if len(names_c) > 1 and self.groups is not None:
             sizes[names_c[0]] = self.groups
         if len(names_n) > 1 and self.batch_size is not None:
-            sizes[names_n[-1]] = samples // max(-(-samples // self.batch_size), 1)
+            parts = -(-samples // self.batch_size) if ghosts else 1
+            sizes[names_n[-1]] = samples // max(parts, 1)
         return sizes
 
     def _register(self) -> None:
@@ -163,7 +164,7 @@ class Normalize(StoringLayer):
         """The batch, in two where ghost batches of nearly equal size are not all equal."""
         n = x.shape[0]
         parts = -(-n // self.batch_size) if self.batch_size else 1
-        if self._uses_stored or n % max(parts, 1) == 0:
+        if not self._measures or n % max(parts, 1) == 0:
             return [(x, mask)]
         cut = (n % parts) * (n // parts + 1)
         masks = (None, None) if mask is None else (mask[:cut], mask[cut:])
@@ -177,7 +178,7 @@ class Normalize(StoringLayer):
         self, x: Tensor, mask: Tensor | None, measured: list[tuple[Layout, Moments]]
     ) -> Tensor:
         """Π, statistics, Φ, Ψ, Π⁻¹ for one piece; moments of the batch are added to `measured`."""
-        sizes = self._sizes(x.shape[0])
+        sizes = self._sizes(x.shape[0], ghosts=self._measures)
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
         view = layout.split(x)
         mask = None if mask is None else layout.per_position(mask)
@@ -185,7 +186,7 @@ class Normalize(StoringLayer):
         weight, bias, threshold = [None if p is None else layout.per_channel(p) for p in affine]
         eps, reduce = self.eps, self.statistics.reduce
         from_batch = not self._uses_stored
-        if from_batch or self._updates:
+        if self._measures:
             self._check_members(layout, reduce is not None)
             with torch.no_grad():
                 given = moments(view.detach(), layout.member_dims, self.operation, mask, reduce)
@@ -211,7 +212,7 @@ class Normalize(StoringLayer):
         # Copies, because the update below writes to the buffers that r and d were read from.
         old = [layout.from_stored(getattr(self, n).clone()) for n in self.stored_names]
         sigma = deviation(given.moment, self.operation, self.eps)
-        step = self.num_batches_tracked.clone()
+        step = self.num_batches_tracked.to(sigma.dtype)
         r, d = self.statistics.correction(given.mean, sigma, old[0], old[1], step)
         r, d = hold(r), hold(d)
         shift = d if weight is None else weight * d

@@ -109,6 +109,11 @@ class StoringLayer(nn.Module):
         policy = self.training if self._update == "auto" else self._update
         return bool(policy) and bool(self.stored_names)
 
+    @property
+    def _measures(self) -> bool:
+        """Whether this forward pass needs the batch's own statistics."""
+        return self._updates or not self._uses_stored
+
     @torch.no_grad()
     def _maybe_update(self, measured: list[tuple[Layout, Moments]]) -> None:
         """Apply the update policy to the moments of the pieces of a batch, as one batch."""
