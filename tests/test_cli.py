@@ -84,7 +84,7 @@ def test_report_writes_the_page_again(compared, capsys):
     assert (out / "report.html").exists()
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -127,7 +127,7 @@ def test_a_stopped_comparison_goes_on_and_repeats_nothing(tmp_path, how):
     wait_for(lambda: len(ended(out)) >= 2)
     if how == "kill":
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)
     else:
         os.killpg(process.pid, signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)

@@ -195,7 +195,7 @@ class NaNForOne(nl.BatchNorm):
 
 
 class Unguarded(nl.BatchNorm):
-    def _write(self, values):
+    def _write(self, values, present):
         for name, value in values.items():
             stored = getattr(self, name)
             stored.lerp_(value.to(stored.dtype), 0.1)

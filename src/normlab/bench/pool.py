@@ -7,15 +7,20 @@ import os
 import queue
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import connection
 from types import TracebackType
 from typing import Any
 
 from normlab.bench.recipe import RunSpec
 from normlab.bench.records import Record, StoreError
+
+_GRACE_SECONDS = 3.0
 
 
 @dataclass
@@ -43,9 +48,19 @@ def _start(threads: int, *state: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker = _Worker(*state)
     sys.path[:0] = [p for p in _worker.path if p not in sys.path]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """End an orphaned worker: idle, it would wait for work for ever."""
+    parent = mp.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        time.sleep(_GRACE_SECONDS)  # a run in progress sees it too, and checkpoints
+        os._exit(1)
 
 
 def _train(spec: RunSpec) -> Record | None:

@@ -98,6 +98,19 @@ class Normalize(StoringLayer):
     def _check_sizes(self) -> None:
         """Fail at construction, not at the first batch, where sizes cannot fit."""
         samples = self.partition.axes[0]
+        if self.partition.variables is not None:
+            raise PartitionError(
+                f"pattern {str(self.partition)!r} names variables, which whitening decorrelates; "
+                "centering, scaling and standardizing take two parts, areas and members"
+            )
+        if self.groups is not None and len(self.partition.axes[1]) == 1:
+            raise PartitionError(
+                f"pattern {str(self.partition)!r} has no groups of channels; received "
+                f"groups={self.groups}"
+            )
+        for name, size in (("groups", self.groups), ("batch_size", self.batch_size)):
+            if size is not None and not isinstance(size, int):
+                raise TypeError(f"{name} is a whole number; received {size!r}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size is at least 1; received {self.batch_size}")
         if len(samples) > 1 and self.batch_size is None:

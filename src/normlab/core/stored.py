@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 from normlab.core import statistics as st
 from normlab.core.operation import LearnedEps, Operation
-from normlab.core.partition import Layout
+from normlab.core.partition import Layout, Partition
 from normlab.kernels.reference import Moments, deviation
 
 
 class StoringLayer(nn.Module):
     """Abstract: stored statistics, what is read from them, and what a forward pass does to them.
 
-    A subclass sets `operation`, `statistics` and `eps_learned`, and calls `_register_stored`.
+    A subclass sets `partition`, `operation`, `statistics` and `eps_learned`, and calls
+    `_register_stored`.
     """
 
+    partition: Partition
     operation: Operation
     statistics: st.Statistics
     eps_learned: nn.Parameter | None
@@ -110,6 +112,14 @@ class StoringLayer(nn.Module):
         return bool(policy) and bool(self.stored_names)
 
     @property
+    def _least(self) -> int:
+        """Members that an area needs for its statistics to enter the stored ones.
+
+        The deviation of a single member from its mean is 0 whatever the data are like.
+        """
+        return 2 if self.operation.p is not None and self.operation.about == "mean" else 1
+
+    @property
     def _measures(self) -> bool:
         """Whether this forward pass needs the batch's own statistics."""
         return self._updates or not self._uses_stored
@@ -138,7 +148,8 @@ class StoringLayer(nn.Module):
         for layout, moments in measured:
             values = per_area(moments)
             like = next(iter(values.values()))
-            present = (torch.as_tensor(moments.size, device=like.device) > 0).expand(like.shape)
+            present = torch.as_tensor(moments.size, device=like.device) >= self._least
+            present = present.expand(like.shape)
             for name, value in values.items():
                 kept = layout.sum_stored(value.masked_fill(~present, 0))
                 sums[name] = sums[name] + kept if name in sums else kept
@@ -180,9 +191,14 @@ class StoringLayer(nn.Module):
             st.blend(buffer, value, 1 / count if momentum is None else momentum, valid)
 
     def _pool(self, measured: list[tuple[Layout, Moments]]) -> None:
-        """Merge a batch's moments into those that wait for `commit`."""
+        """Merge a batch's moments into those that wait for `commit`.
 
-        def parts(given: Moments) -> dict[str, Tensor]:
+        Where all samples share an area, micro-batches merge into the moments of their union. Where
+        areas belong to samples or sub-batches, stored statistics are averages over areas, and so
+        are those of several passes.
+        """
+
+        def moments(given: Moments) -> dict[str, Tensor]:
             like = cast(Tensor, given.moment if given.moment is not None else given.mean)
             size = torch.as_tensor(given.size, device=like.device, dtype=like.dtype)
             zero = torch.zeros_like(like)
@@ -190,9 +206,21 @@ class StoringLayer(nn.Module):
             moment = zero if given.moment is None else given.moment
             return {"size": size.expand(like.shape), "mean": mean, "moment": moment}
 
-        means, areas = self._averages(measured, parts)
-        new = (means["size"] * areas, means["mean"], means["moment"])
-        self._pooled = new if self._pooled is None else st.pool(self._pooled, new, self.operation)
+        if self._one_area:
+            means, _ = self._averages(measured, moments)
+            new = (means["size"], means["mean"], means["moment"])
+            old = self._pooled
+            self._pooled = new if old is None else st.pool(old, new, self.operation)
+            return
+        averages, areas = self._averages(measured, self._to_store)
+        sums = (areas, *(value * areas for value in averages.values()))
+        before = self._pooled or tuple(torch.zeros_like(part) for part in sums)
+        self._pooled = tuple(a + b for a, b in zip(before, sums, strict=True))
+
+    @property
+    def _one_area(self) -> bool:
+        """Whether all samples of a batch share the areas of their channels."""
+        return all(self.partition.role(name) == "channel" for name in self.partition.areas)
 
     @torch.no_grad()
     def commit(self) -> bool:
@@ -203,10 +231,25 @@ class StoringLayer(nn.Module):
         """
         if self._pooled is None:
             return False
-        count, mean, moment = self._pooled
-        self._write(self._to_store(Moments(mean, moment, count)), count > 0)
+        count, *rest = self._pooled
+        if self._one_area:
+            self._write(self._to_store(Moments(rest[0], rest[1], count)), count >= self._least)
+        else:
+            averages = [part / count.clamp(min=1) for part in rest]
+            self._write(dict(zip(self.stored_names, averages, strict=True)), count > 0)
         self._pooled = None
         return True
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load; checkpoints of torch from before version 1 lack the count of batches."""
+        key = f"{prefix}num_batches_tracked"
+        if self.stored_names and key not in state_dict and f"{prefix}running_mean" in state_dict:
+            state_dict[key] = self.num_batches_tracked.new_zeros(())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name in self.stored_names:  # assign=True puts the checkpoint's own dtype in
+            setattr(self, name, _at_least_float32(getattr(self, name)))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """Move or cast as any module, but keep stored statistics in float32 at least."""
@@ -217,3 +260,7 @@ class StoringLayer(nn.Module):
             if torch.finfo(new.dtype).bits < 32:
                 setattr(self, name, old.to(new.device, torch.float32))
         return self
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if torch.finfo(x.dtype).bits >= 32 else x.float()
