@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from normlab.core.operation import Operation
 from normlab.kernels.reference import Moments
 from normlab.kernels.reference import Reduce as Reduce
+from normlab.kernels.transforms import transformed, vmap_level
 
 Use = Literal["auto", "batch", "stored"]
 Update = Literal["auto", "accumulate"] | bool
@@ -229,19 +230,10 @@ def writable(batch: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
     the model (per-sample gradients, curvature) must not change the model. Nor can values that are
     batched by vmap be written to buffers that are not.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not transformed(*batch):
         return True
-    functorch = torch._C._functorch  # no public equivalent exists
-
-    def level(x: Tensor) -> int:
-        """Level of the innermost vmap that x is batched by; wrappers of grad and jvp come off."""
-        while functorch.is_gradtrackingtensor(x):
-            x = functorch.get_unwrapped(x)
-        return functorch.maybe_get_level(x) if functorch.is_batchedtensor(x) else 0
-
-    inside = any(functorch.is_functorch_wrapped_tensor(t) for t in batch)
-    ours = all(functorch.is_functorch_wrapped_tensor(t) for t in buffers)
-    return not inside or (ours and max(map(level, batch)) <= min(map(level, buffers)))
+    ours = all(transformed(buffer) for buffer in buffers)
+    return ours and max(map(vmap_level, batch)) <= min(map(vmap_level, buffers))
 
 
 def check_policies(use: object = None, update: object = None) -> None:
