@@ -21,6 +21,8 @@ from normlab.report.look import DARK, LIGHT, Look
 from normlab.report.read import read
 from normlab.report.view import Arm, Condition, View
 
+SECTIONS = ("glance", "learning", "norm_batch", "cost", "tuning")
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -48,7 +50,7 @@ def _palette() -> str:
 def _panels(view: View) -> dict[str, list[list[dict[str, Any]]]]:
     """Drawn figures by section, those of one title (over the conditions) side by side."""
     markup = need("markupsafe").Markup
-    sections: dict[str, list[list[dict[str, Any]]]] = {}
+    sections: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in SECTIONS}
     drawings = enumerate(charts.build(view, Look(page=True)), start=1)
     for (section, _), group in groupby(drawings, lambda one: (one[1].section, one[1].title)):
         panel = []
@@ -56,7 +58,7 @@ def _panels(view: View) -> dict[str, list[list[dict[str, Any]]]]:
             label = f"{figure.title}. {figure.subtitle}".rstrip(". ")
             drawing = markup(svg.inline(figure.chart, label))
             panel.append({"id": f"figure-{place}", "figure": figure, "svg": drawing})
-        sections.setdefault(section, []).append(panel)
+        sections[section].append(panel)
     return sections
 
 

@@ -32,11 +32,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate that was tried; ``accuracy`` is on the validation split."""
+    """One learning rate that was tried; ``accuracy`` is on the validation split.
+
+    A diverged run may carry an accuracy too, that of guessing: it is no point of a curve.
+    """
 
     lr: float
     accuracy: float | None
     outcome: str
+
+    @property
+    def measured(self) -> float | None:
+        """Accuracy of a trial that ran to its end; none for one that was lost."""
+        return None if self.outcome in ("diverged", "failed") else self.accuracy
 
 
 @dataclass(frozen=True)
@@ -145,5 +153,7 @@ class View:
 
     @property
     def seeds(self) -> int:
-        """Most seeds that any arm was given."""
-        return max((arm.n + arm.diverged + arm.failed for arm in self.arms), default=0)
+        """Seeds of the final runs: those with a curve, or lost, or else the most counted."""
+        found = {curve.seed for arm in self.arms for curve in arm.curves}
+        found |= {run.seed for run in self.lost if run.phase == "final"}
+        return len(found) or max((arm.n for arm in self.arms), default=0)

@@ -140,7 +140,7 @@ def norm_batch(view: View, look: Look) -> Iterator[Figure]:
         caption="Filled: i.i.d. samples. Hollow: samples of one class, or any other composition. "
         "Lines join conditions of the same composition. The marks of one normalization batch "
         "stand beside each other only to be seen; their batch is the same.",
-        chart=frame(_batch_layers(view, look, rows), look, height=300),
+        chart=frame(_batch_layers(view, look, rows), look, height=250),
         table=_table(view),
     )
 

@@ -55,7 +55,13 @@ def x_axis(field: str, title: str, **options: Any) -> Any:
 
 def y_axis(field: str, title: str, **options: Any) -> Any:
     """Vertical axis; its title lies above the plot, where it can be read without turning."""
-    upright = {"titleAngle": 0, "titleAlign": "left", "titleAnchor": "start", "titleY": -12}
+    upright = {
+        "titleAngle": 0,
+        "titleAlign": "left",
+        "titleAnchor": "start",
+        "titleY": -12,
+        "minExtent": 36,
+    }
     shorthand, arguments = axis(field, title, titleX=0, **upright, **options)
     return need("altair").Y(shorthand, **arguments)
 

@@ -26,9 +26,12 @@ def _mebibytes(value: float | None) -> Interval | None:
 
 
 def memory_kind(view: View) -> str:
-    """Choose the memory to draw: the peak, or where it was never measured what is saved."""
-    measured = any(arm.peak_memory is not None for arm in view.arms)
-    return "peak memory" if measured else "memory saved for backward"
+    """Choose the memory to draw: what is saved for backward, or else the peak of the process.
+
+    The peak is mostly the data set and the libraries; what a normalizer adds is what it saves.
+    """
+    measured = any(arm.saved_memory is not None for arm in view.arms)
+    return "memory saved for backward" if measured else "peak memory"
 
 
 def costs(view: View, look: Look) -> Iterator[Figure]:
@@ -91,7 +94,7 @@ def _layers(view: View, look: Look, rows: list[Row], title: str) -> list[Any]:
     chart = plot(rows).encode(
         color=series(view, look, "color"), description="said:N", tooltip="said:N"
     )
-    along = x_axis("cost", title, format="~g")
+    along = x_axis("cost", title, format=".3~r", scale={"padding": 8})
     up = y_axis("accuracy", view.metric, format=".0%")
     return [
         chart.mark_rule(strokeWidth=1.5, opacity=0.7).encode(x=along, y="low:Q", y2="high:Q"),

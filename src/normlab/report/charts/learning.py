@@ -135,8 +135,10 @@ def _layers(
     if quantity == "train_loss" and min(values) > 0 and max(values) > 20 * min(values):
         scale = {"type": "log", "nice": False}
         options = {"scale": scale, "format": "~g", "values": round_values(values)}
+    longest = max(row["epoch"] for row in mean + single)
+    step = 1 if longest >= 3 else 0.1  # runs of an epoch or two are measured within it
     shared = {
-        "x": x_axis("epoch", "epoch", tickMinStep=1, format="~g", scale={"nice": False}),
+        "x": x_axis("epoch", "epoch", tickMinStep=step, format=".3~r", scale={"nice": False}),
         "y": y_axis("value", QUANTITIES[quantity], **options),
         "color": series(view, look, "color"),
         "description": need("altair").Description("said:N"),

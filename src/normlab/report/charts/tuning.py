@@ -13,7 +13,7 @@ from normlab.report.view import Arm, Condition, Trial, View
 
 
 def _said(arm: Arm, trial: Trial) -> str:
-    result = words.percent(trial.accuracy) if trial.accuracy is not None else trial.outcome
+    result = words.percent(trial.measured) if trial.measured is not None else trial.outcome
     chosen = ", chosen" if trial.lr == arm.lr else ""
     return f"{arm.normalizer}, learning rate {words.rate(trial.lr)}: {result}{chosen}"
 
@@ -37,15 +37,15 @@ def rates(view: View, look: Look) -> Iterator[Figure]:
 def _rows(view: View, arms: list[Arm]) -> tuple[list[Row], list[Row], list[float]]:
     """Finished trials, lost trials at the foot, and the vertical range of both."""
     trials = [(arm, trial) for arm in arms for trial in arm.tuning]
-    values = [trial.accuracy for _, trial in trials if trial.accuracy is not None]
+    values = [trial.measured for _, trial in trials if trial.measured is not None]
     domain = padded(values or [0.0, 1.0], 0.1)
     finished: list[Row] = []
     lost: list[Row] = []
     for arm, trial in trials:
         row = {"normalizer": arm.normalizer, "lr": trial.lr, "rate": trial.lr}
         row["said"] = _said(arm, trial)
-        if trial.accuracy is not None:
-            finished.append({**row, "accuracy": trial.accuracy, "chosen": trial.lr == arm.lr})
+        if trial.measured is not None:
+            finished.append({**row, "accuracy": trial.measured, "chosen": trial.lr == arm.lr})
         else:
             lost.append({**row, "accuracy": domain[0]})
     for rate in {row["rate"] for row in lost}:
@@ -63,7 +63,7 @@ def _table(arms: list[Arm]) -> list[list[str]]:
         if (label, lr) not in found:
             return words.MISSING
         arm, trial = found[label, lr]
-        result = words.percent(trial.accuracy) if trial.accuracy is not None else trial.outcome
+        result = words.percent(trial.measured) if trial.measured is not None else trial.outcome
         return f"{result} *" if lr == arm.lr else result
 
     labels = [arm.normalizer for arm in arms if arm.tuning]
