@@ -8,7 +8,7 @@ from .sample import sample
 
 def rates_drawn(chart):
     """Learning rates that lie on the tuning curves of ``none``, from the chart's own data."""
-    rows = [row for data in chart.to_dict()["datasets"].values() for row in data]
+    rows = [row for layer in chart.to_dict()["layer"] for row in layer["data"]["values"]]
     return {r["rate"] for r in rows if r["normalizer"] == "none" and "chosen" in r}
 
 

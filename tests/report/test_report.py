@@ -203,7 +203,7 @@ def test_the_terminal_table_ranks():
     text = console.file.getvalue()
     assert text.index("batch") < text.index("none")
     batch = next(a for a in sample()["arms"] if a["normalizer"] == "batch")
-    assert f"{100 * batch['accuracy']['mean']:.1f} %" in text
+    assert f"{100 * batch['accuracy']['mean']:.1f}" in text
 
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ MISSING = "–"
 
 def percent(value: float | None, digits: int = 1) -> str:
     """Write a fraction as a percentage: 0.873 becomes ``87.3 %``."""
-    return MISSING if value is None else f"{100 * value:.{digits}f}\u00a0%"
+    return MISSING if value is None else f"{100 * value:.{digits}f} %"
 
 
 def points(value: float, digits: int = 1) -> str:
@@ -23,7 +23,7 @@ def points(value: float, digits: int = 1) -> str:
 
 def percent_span(interval: Interval) -> str:
     """Write an interval of fractions: ``85.1 to 88.0 %``."""
-    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}\u00a0%"
+    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
 
 
 def points_span(interval: Interval) -> str:
@@ -54,8 +54,8 @@ def seconds(value: float | None) -> str:
         return MISSING
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if abs(value) >= size:
-            return f"{_digits(value / size)}\u00a0{unit}"
-    return f"{_digits(value / 1e-6)}\u00a0µs"
+            return f"{_digits(value / size)} {unit}"
+    return f"{_digits(value / 1e-6)} µs"
 
 
 def memory(value: float | None) -> str:
@@ -64,8 +64,8 @@ def memory(value: float | None) -> str:
         return MISSING
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if abs(value) >= 2**power:
-            return f"{_digits(value / 2**power)}\u00a0{unit}"
-    return f"{value:.0f}\u00a0B"
+            return f"{_digits(value / 2**power)} {unit}"
+    return f"{value:.0f} B"
 
 
 def _digits(value: float) -> str:
@@ -107,9 +107,9 @@ def steps(view: View) -> str:
 
 def seconds_span(interval: Interval) -> str:
     """Write an interval of durations, both ends in the unit of its middle: ``11 to 13 ms``."""
-    middle, _, unit = seconds(interval.mean).partition("\u00a0")
+    middle, _, unit = seconds(interval.mean).partition(" ")
     size = interval.mean / float(middle) if float(middle) else 1e-6
-    return f"{_digits(interval.low / size)} to {_digits(interval.high / size)}\u00a0{unit}"
+    return f"{_digits(interval.low / size)} to {_digits(interval.high / size)} {unit}"
 
 
 def interval_note(view: View) -> str:

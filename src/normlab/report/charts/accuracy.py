@@ -71,6 +71,9 @@ def overview(view: View, look: Look) -> Iterator[Figure]:
         return
     several = len(view.conditions) > 1
     chart = frame(_overview_layers(view, look, rows), look, height=34 * len(view.labels) + 10)
+    # On the page the names may be set larger than the drawing library measured them.
+    room = 6 + min(20, max(map(len, view.labels)))
+    chart = chart.properties(padding={"left": room, "right": 5, "top": 5, "bottom": 5})
     yield Figure(
         key="overview",
         section="glance",
