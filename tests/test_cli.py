@@ -130,7 +130,7 @@ def test_a_stopped_comparison_goes_on_and_repeats_nothing(tmp_path, how):
         process.communicate(timeout=60)
     else:
         os.killpg(process.pid, signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "goes on from here" in stderr
         assert "Traceback" not in stderr

@@ -26,7 +26,7 @@ class Quiet:
         self.ended_runs.append((spec, record))
 
 
-@pytest.fixture()
+@pytest.fixture
 def watcher():
     return Quiet()
 
@@ -53,12 +53,12 @@ def make_plan(data, normalizers=("none", "batch"), conditions=None, recipe=RECIP
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def plan(data):
     return make_plan(data)
 
 
-@pytest.fixture()
+@pytest.fixture
 def spec(plan):
     return plan.spec("batch", plan.conditions[0], 0.1, 0, "final")
 

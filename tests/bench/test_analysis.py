@@ -21,13 +21,13 @@ def put(store, spec, accuracy, outcome="finished", **end):
     store.append(spec.id, {"event": "end", "outcome": outcome, key: accuracy, **end})
 
 
-@pytest.fixture()
+@pytest.fixture
 def plan(data):
     names = ("none", "instance", "batch")
     return make_plan(data, names, conditions=CONDITIONS, seeds=(0, 1, 2))
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(tmp_path):
     return Store(tmp_path)
 
@@ -42,7 +42,7 @@ FINALS = {
 }
 
 
-@pytest.fixture()
+@pytest.fixture
 def filled(plan, store):
     for normalizer, condition in plan.arms():
         for spec in plan.tuning(normalizer, condition):

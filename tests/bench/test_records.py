@@ -12,7 +12,7 @@ POINT = {"event": "point", "step": 1, "valid_accuracy": 0.5}
 END = {"event": "end", "outcome": "finished", "test_accuracy": 0.75}
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "out")
 
@@ -86,7 +86,7 @@ def test_a_full_disk_is_a_clear_error_and_keeps_what_was_written(store, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(records.os, "fsync", full)
-    with pytest.raises(StoreError, match="No space left on device.*same command"):
+    with pytest.raises(StoreError, match=r"No space left on device.*same command"):
         store.append("a", POINT)
     monkeypatch.undo()
     assert store.read("a").spec == {"seed": 0}

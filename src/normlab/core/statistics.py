@@ -14,7 +14,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, cast
 
 import torch
@@ -285,12 +284,7 @@ class statistics:
     def __enter__(self) -> statistics:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for layer, use, update in self._before:
             layer.use, layer.update = use, update
 

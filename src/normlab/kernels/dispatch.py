@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 import torch
 
@@ -41,12 +41,7 @@ class backend:
     def __enter__(self) -> backend:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global _current
         _current = self._previous
 
