@@ -137,6 +137,7 @@ def test_the_page_says_what_the_comparison_says():
     assert parsed.says(f"{100 * batch['accuracy']['mean']:.1f} %")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_small_number_of_seeds_is_pointed_out_and_a_large_one_is_not():
     assert checked(sample(seeds=2)).says("Few seeds")
     assert not checked(sample(seeds=6)).says("Few seeds")
@@ -165,10 +166,8 @@ def poisoned():
 
 
 def test_foreign_text_stays_text():
-    scripts = checked(sample()).scripts
-    text = render(poisoned())
-    assert "<script>alert" not in text
-    assert checked(poisoned()).scripts == scripts
+    assert "<script>alert" not in render(poisoned())
+    assert checked(poisoned()).scripts == 1
     console = Console(file=io.StringIO(), width=200)
     console.print(terminal_table(poisoned()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,7 +61,7 @@ class Job:
         self.plan, self.store, self.machine, self.watcher = plan, store, machine, watcher
         self.records: dict[str, Record | None] = {}
         self.waiting: dict[tuple[str, Condition], set[str]] = {}
-        self.left: dict[str, RunSpec] = {}
+        self.queue: deque[RunSpec] = deque()
 
     def run(self) -> bool:
         """Run what is missing.
@@ -77,7 +78,8 @@ class Job:
         todo = self._tuning_to_do()
         self._announce()
         ready = [arm for arm in self.plan.arms() if not self.waiting.get(arm)]
-        if not todo and not any(self._finals_to_do(arm) for arm in ready):
+        self.queue = deque([*(s for arm in ready for s in self._finals_to_do(arm)), *todo])
+        if not self.queue:
             return True
         pool = Pool(
             m.workers,
@@ -91,13 +93,11 @@ class Job:
         )
         with pool:
             try:
-                for spec in todo:
-                    pool.submit(spec)
-                for arm in ready:
-                    self._submit_finals(pool, arm)
+                self._feed(pool)
                 while ended := pool.wait():
                     for spec, record in ended:
-                        self._ended(pool, spec, record)
+                        self._ended(spec, record)
+                    self._feed(pool)
             except KeyboardInterrupt:
                 pool.stop()
                 return False
@@ -127,18 +127,20 @@ class Job:
         finals = [] if rate is None else self.plan.finals(*arm, rate)
         return [spec for spec in finals if not self._record(spec)]
 
-    def _submit_finals(self, pool: Pool, arm: tuple[str, Condition]) -> None:
-        for spec in self._finals_to_do(arm):
-            pool.submit(spec)
+    def _feed(self, pool: Pool) -> None:
+        """Give the workers their next runs, one ahead, so that the queue can still be reordered."""
+        while self.queue and pool.outstanding <= self.machine.workers:
+            pool.submit(self.queue.popleft())
 
-    def _ended(self, pool: Pool, spec: RunSpec, record: Record | None) -> None:
+    def _ended(self, spec: RunSpec, record: Record | None) -> None:
         self.records[spec.id] = record
         self.watcher.ended(spec, record)
         arm = (spec.normalizer, spec.condition)
         if spec.phase == "tune" and record is not None:
             self.waiting[arm].discard(spec.id)
             if not self.waiting[arm]:
-                self._submit_finals(pool, arm)
+                # Whole arms first: a comparison that is stopped early has something to say.
+                self.queue.extendleft(reversed(self._finals_to_do(arm)))
 
     def _announce(self) -> None:
         """Tell the watcher how much there is to do; a final run's rate does not change its size."""

@@ -141,6 +141,11 @@ class Pool:
         """Queue a run."""
         self._futures[self._executor.submit(_train, spec)] = spec
 
+    @property
+    def outstanding(self) -> int:
+        """Runs that were submitted and have not ended."""
+        return len(self._futures)
+
     def stop(self) -> None:
         """Ask workers to checkpoint and return."""
         self._stop.set()
