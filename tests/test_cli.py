@@ -120,7 +120,7 @@ def ended(out):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize("how", ["kill", "interrupt"])
+@pytest.mark.parametrize("how", ["kill", "interrupt", "terminate"])
 def test_a_stopped_comparison_goes_on_and_repeats_nothing(tmp_path, how):
     out = tmp_path / "out"
     process = start(out)
@@ -129,7 +129,7 @@ def test_a_stopped_comparison_goes_on_and_repeats_nothing(tmp_path, how):
         process.kill()
         process.communicate(timeout=60)
     else:
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT if how == "interrupt" else signal.SIGTERM)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "goes on from here" in stderr

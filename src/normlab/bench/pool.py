@@ -45,6 +45,7 @@ def _start(threads: int, *state: Any) -> None:
     global _worker
     # Ctrl-C reaches the whole process group; the parent decides, and tells through `stop`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _worker = _Worker(*state)
     sys.path[:0] = [p for p in _worker.path if p not in sys.path]
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,8 @@ class Compare:
             raise ValueError("workers, threads and seeds are at least 1")
         path = [os.getcwd()] if ":" in self.network else []
         sys.path[:0] = [p for p in path if p not in sys.path]
+        # A scheduler's request to end is Ctrl-C by another name: checkpoint, report, go on later.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         plan = self.plan()
         machine = Machine(self.workers, self.threads, self.data_dir, self.image_size, tuple(path))
         with Watch(quiet=self.json) as watch:
