@@ -78,7 +78,7 @@ def test_means_intervals_and_paired_differences(plan, filled):
 
 def test_the_summary_follows_from_the_numbers(plan, filled):
     text = " ".join(analyse(plan, filled)["summary"])
-    assert "When 40 i.i.d. samples share statistics (optimizer batch 40), batch is best" in text
+    assert "When 40 mixed samples share statistics (optimizer batch 40), batch is best" in text
     assert "When 4 samples of one class share statistics" in text
     assert "instance is best at 85.0 %" in text
     assert "it beats batch by 30.0 ±" in text
@@ -130,6 +130,48 @@ def test_a_record_with_nonsense_in_it_is_survived(plan, filled):
     filled.append(spec.id, {"event": "end", "outcome": "finished", "test_accuracy": "much"})
     batch = arm(analyse(plan, filled), "batch", CONDITIONS[0].id)
     assert batch["n"] == 2
+
+
+@pytest.mark.parametrize("value", ["abc", 10**400, 37.0, -5.0, [1], True])
+def test_an_accuracy_that_cannot_be_is_not_believed(plan, filled, value):
+    spec = plan.finals("batch", CONDITIONS[0], 0.1)[0]
+    filled.append(spec.id, {"event": "point", "step": 1, "seconds_per_step": 10**400})
+    filled.append(spec.id, {"event": "end", "outcome": "finished", "test_accuracy": value})
+    assert arm(analyse(plan, filled), "batch", CONDITIONS[0].id)["n"] == 2
+
+
+@pytest.mark.parametrize("seed", ["abc", None, 1, [1]])
+def test_a_record_that_says_it_is_another_run_is_not_that_run(plan, filled, seed):
+    spec = plan.finals("batch", CONDITIONS[0], 0.1)[0]
+    lines = list(filled.lines(spec.id))
+    lines[0]["spec"]["seed"] = seed
+    filled.rewrite(spec.id, lines)
+    comparison = analyse(plan, filled)
+    assert arm(comparison, "batch", CONDITIONS[0].id)["n"] == 2
+    assert not comparison["complete"]
+
+
+def test_no_difference_is_not_called_a_win(plan, store):
+    for normalizer, condition in plan.arms():
+        for spec in plan.tuning(normalizer, condition):
+            put(store, spec, 0.1)
+        for spec in plan.finals(normalizer, condition, RECIPE.lrs[0]):
+            put(store, spec, 0.1)
+    text = " ".join(analyse(plan, store)["summary"])
+    assert "beats" not in text
+    assert "no different from batch" in text
+
+
+def test_an_uncertain_lead_is_not_called_a_win(plan, store):
+    values = {"none": (0.5, 0.9, 0.7), "instance": (0.1, 0.1, 0.1), "batch": (0.69, 0.69, 0.7)}
+    for normalizer, condition in plan.arms():
+        for spec in plan.tuning(normalizer, condition):
+            put(store, spec, 0.1)
+        for spec in plan.finals(normalizer, condition, RECIPE.lrs[0]):
+            put(store, spec, values[normalizer][spec.seed])
+    text = " ".join(analyse(plan, store)["summary"])
+    assert "it is ahead of batch by" in text
+    assert "could be chance" in text
 
 
 def test_the_bootstrap_interval_matches_full_enumeration():

@@ -65,10 +65,12 @@ def test_impossible_conditions(arguments, message):
 
 
 def test_conditions_say_what_they_are():
-    assert Condition(64, 8, "class").label == "8 samples of one class share statistics"
-    assert Condition(64, 64).label == "64 i.i.d. samples share statistics"
-    assert "own" in Condition(64, 1).label
-    assert "optimizer batch 32" in Condition(32, 8).label
+    assert Condition(64, 8, "class").label(8) == "8 samples of one class share statistics"
+    assert Condition(64, 64).label(1) == "64 i.i.d. samples share statistics"
+    # Batches made of groups of one class are mixed, but not quite i.i.d.
+    assert Condition(64, 64).label(8) == "64 mixed samples share statistics"
+    assert "own" in Condition(64, 1).label(1)
+    assert "optimizer batch 32" in Condition(32, 8).label(1)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,12 @@ def test_conditions_say_what_they_are():
         {"lrs": ()},
         {"lrs": (0.1, -1.0)},
         {"validation": 0.0},
+        {"epochs": float("inf")},
+        {"lrs": (float("inf"),)},
+        {"weight_decay": float("nan")},
+        {"weight_decay": -1.0},
+        {"momentum": 2.0},
+        {"train_limit": 0},
     ],
 )
 def test_impossible_recipes(options):
@@ -102,6 +110,10 @@ def test_a_run_is_named_by_everything_that_decides_it_and_nothing_else(plan):
         dataclasses.replace(one, recipe=dataclasses.replace(RECIPE, weight_decay=0.0)),
     ]
     assert len({one.id, *(o.id for o in others)}) == len(others) + 1
+    # Where the code of a network of one's own has changed, it is another network.
+    assert dataclasses.replace(one, code="a").id != dataclasses.replace(one, code="b").id
+    # Another baseline leaves built-in networks what they are.
+    assert dataclasses.replace(one, reference="layer").id == one.id
     # Another grid, or another length of tuning, leaves final runs what they were.
     for change in ({"lrs": (0.1,)}, {"tune_epochs": 2}):
         recipe = dataclasses.replace(RECIPE, **change)
@@ -120,6 +132,7 @@ def test_all_arms_get_batches_that_the_class_conditions_need(data):
     [
         ({"normalizers": ()}, "needs a normalizer"),
         ({"normalizers": ("batch", "batch")}, "twice"),
+        ({"normalizers": ("batch", "group:groups=2", "group: groups=2")}, "one arm twice"),
         ({"baseline": "layer"}, "baseline"),
         ({"seeds": (0, TUNING_SEED)}, "kept for tuning"),
         ({"conditions": (Condition(60, 6, "class"), Condition(60, 4, "class"))}, "divide"),

@@ -94,6 +94,31 @@ def test_points_after_the_checkpoint_are_not_kept_twice(spec, task, tmp_path):
     assert record.points[0]["train_loss"] < 99
 
 
+def test_a_checkpoint_without_its_record_starts_the_run_afresh(spec, task, tmp_path):
+    whole = train(spec, task, Store(tmp_path / "whole"))
+    store, asked = Store(tmp_path / "parts"), iter([False] * 6 + [True])
+    with pytest.raises(Stopped):
+        train(spec, task, store, stop=lambda: next(asked))
+    store.path(spec.id).unlink()
+    again = train(spec, task, store)
+    assert numbers(again) == numbers(whole)
+    assert again.start["initial"] == whole.start["initial"]
+
+
+def test_a_failed_run_is_tried_again(task, spec, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network = "from torch import nn\ndef net(norm):\n    return nn.Sequential(nn.Flatten(), {})\n"
+    (tmp_path / "mended.py").write_text(network.format("nn.Linear(3, 10)"))
+    spec, store = dataclasses.replace(spec, network="mended:net"), Store(tmp_path / "out")
+    assert train(spec, task, store).outcome == "failed"
+    import mended
+
+    mended.net = lambda norm: nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10))
+    again = train(spec, task, store)
+    assert again.outcome == "finished"
+    assert again.start["steps"] == 9
+
+
 def test_a_finished_run_is_not_repeated(spec, task, store):
     first = train(spec, task, store)
     before = store.path(spec.id).read_text()

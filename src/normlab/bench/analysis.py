@@ -12,7 +12,7 @@ from normlab.bench import choice
 from normlab.bench.environment import environment
 from normlab.bench.plan import Plan, chosen_rate, describe_recipe
 from normlab.bench.recipe import Condition
-from normlab.bench.records import Record, Store
+from normlab.bench.records import Record, Store, number
 from normlab.bench.words import summary
 
 RESAMPLES = 9999
@@ -95,12 +95,11 @@ def _numbers(records: Sequence[Record], where: str, key: str) -> list[float]:
     found = []
     for record in records:
         if where == "points":
-            values = [point.get(key) for point in record.points]
-            good = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+            good = [v for point in record.points if (v := number(point.get(key))) is not None]
             found += [statistics.median(good)] if good else []
         else:
-            value = getattr(record, where).get(key)
-            found += [float(value)] if isinstance(value, int | float) and value else []
+            value = number(getattr(record, where).get(key))
+            found += [value] if value else []
     return found
 
 
@@ -109,11 +108,11 @@ class _Arm:
 
     def __init__(self, plan: Plan, store: Store, normalizer: str, condition: Condition) -> None:
         self.plan, self.normalizer, self.condition = plan, normalizer, condition
-        self.tuning = [store.read(s.id) for s in plan.tuning(normalizer, condition)]
+        self.tuning = [store.of(s) for s in plan.tuning(normalizer, condition)]
         waiting = any(r is None or not r.outcome for r in self.tuning)
         self.lr = None if waiting else chosen_rate(plan, self.tuning)
         specs = [] if self.lr is None else plan.finals(normalizer, condition, self.lr)
-        found = [store.read(s.id) for s in specs]
+        found = [store.of(s) for s in specs]
         self.finals = [r for r in found if r is not None and r.outcome]
         self.ended = [r for r in [*self.tuning, *self.finals] if r is not None and r.outcome]
 
@@ -126,7 +125,8 @@ class _Arm:
         """The arm as plain values."""
         rates, own = self.plan.recipe.lrs, self.accuracies()
         is_baseline = self.normalizer == self.plan.baseline
-        edge = len(rates) > 1 and self.lr in (min(rates), max(rates))
+        trained = any(r is not None and r.outcome == "finished" for r in self.tuning)
+        edge = trained and self.lr in (min(rates), max(rates))
         kept = _numbers(self.finals, "start", "saved_for_backward_bytes")
         memory = _numbers(self.finals, "end", "peak_memory_bytes")
         return {
@@ -234,7 +234,7 @@ def analyse(plan: Plan, store: Store) -> dict[str, Any]:
         "conditions": [
             {
                 "id": c.id,
-                "label": c.label,
+                "label": c.label(plan.grain),
                 "batch_size": c.batch_size,
                 "norm_batch": c.norm_batch,
                 "composition": c.composition,

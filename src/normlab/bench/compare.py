@@ -106,8 +106,9 @@ class Job:
     def _record(self, spec: RunSpec) -> Record | None:
         """The record of a run that has ended, or None."""
         if spec.id not in self.records:
-            record = self.store.read(spec.id)
-            self.records[spec.id] = record if record and record.outcome else None
+            record = self.store.of(spec)
+            ended = record is not None and record.outcome in ("finished", "diverged")
+            self.records[spec.id] = record if ended else None
         return self.records[spec.id]
 
     def _tuning_to_do(self) -> list[RunSpec]:

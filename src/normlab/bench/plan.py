@@ -28,6 +28,7 @@ class Plan:
         seeds: Of the final runs.
         recipe: How networks are trained.
         title: Heading of the report; empty for one made from the rest.
+        code: Digest of the source of an imported network; empty for built-in ones.
         facts: What the report says of the data and the network, see `describe`.
         command: What repeats the comparison.
     """
@@ -42,6 +43,7 @@ class Plan:
     recipe: Recipe
     title: str = ""
     command: str = ""
+    code: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,8 +60,11 @@ class Plan:
             )
         if TUNING_SEED in self.seeds:
             raise PlanError(f"seed {TUNING_SEED} is kept for tuning")
-        for spec in self.normalizers:
-            choice.parse(spec)
+        parsed = [choice.parse(spec) for spec in self.normalizers]
+        for i, one in enumerate(parsed):
+            for other in parsed[:i]:
+                if (one.name, one.options) == (other.name, other.options):
+                    raise PlanError(f"{other.label!r} and {one.label!r} name one arm twice")
         grain = self.grain
         for condition in self.conditions:
             if condition.batch_size % grain:
@@ -99,6 +104,7 @@ class Plan:
             phase="tune" if phase == "tune" else "final",
             recipe=self.recipe,
             reference=self.baseline,
+            code=self.code,
         )
 
     def arms(self) -> Iterator[tuple[str, Condition]]:
@@ -145,13 +151,23 @@ class Plan:
             conditions = tuple(Condition(**c) for c in values.pop("conditions"))
             recipe = Recipe(**{**recipe, "lrs": tuple(recipe["lrs"])})
             values |= {k: tuple(values[k]) for k in ("normalizers", "seeds")}
-            return Plan(**values, conditions=conditions, recipe=recipe)
+            plan = Plan(**values, conditions=conditions, recipe=recipe)
+            if not all(isinstance(plan.facts.get(k, {}), dict) for k in ("data", "network")):
+                raise ValueError("its facts are not tables")
+            return plan
         except FileNotFoundError:
             raise StoreError(
                 f"{store.directory} holds no plan.json: it is not a folder that "
                 "'normlab compare --out' wrote"
             ) from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise StoreError(f"cannot read {path}: {error}") from error
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Composition = Literal["iid", "class"]
@@ -35,6 +36,8 @@ class Condition:
     composition: Composition = "iid"
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise PlanError(f"the optimizer's batch has at least 1 sample; got {self.batch_size}")
         if self.norm_batch < 1 or self.batch_size % self.norm_batch:
             raise PlanError(
                 f"the normalization batch divides the optimizer's batch; received "
@@ -54,13 +57,18 @@ class Condition:
         """A short name, e.g. ``b64-n8-class``."""
         return f"b{self.batch_size}-n{self.norm_batch}-{self.composition}"
 
-    @property
-    def label(self) -> str:
-        """The condition in words."""
+    def label(self, grain: int) -> str:
+        """The condition in words.
+
+        Args:
+            grain: Samples of one class that batches are made of; where there are such groups, a
+                random part of a batch is mixed, but not quite i.i.d.
+        """
         if self.norm_batch == 1:
             text = "each sample has statistics of its own"
         else:
-            kind = "i.i.d. samples" if self.composition == "iid" else "samples of one class"
+            drawn = "i.i.d. samples" if grain == 1 else "mixed samples"
+            kind = drawn if self.composition == "iid" else "samples of one class"
             text = f"{self.norm_batch} {kind} share statistics"
         return text if self.batch_size == 64 else f"{text} (optimizer batch {self.batch_size})"
 
@@ -98,12 +106,17 @@ class Recipe:
     def __post_init__(self) -> None:
         positive = {"epochs": self.epochs, "tune_epochs": self.tune_epochs, "points": self.points}
         for name, value in positive.items():
-            if not value > 0:
-                raise PlanError(f"{name} is more than 0; received {value}")
-        for name, share in {"validation": self.validation, "warmup": self.warmup}.items():
+            if not 0 < value < math.inf:
+                raise PlanError(f"{name} is a finite number above 0; received {value}")
+        shares = {"validation": self.validation, "warmup": self.warmup, "momentum": self.momentum}
+        for name, share in shares.items():
             if not 0 <= share < 1:
-                raise PlanError(f"{name} is a share in [0, 1); received {share}")
-        if not self.lrs or any(not lr > 0 for lr in self.lrs):
+                raise PlanError(f"{name} is in [0, 1); received {share}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise PlanError(f"weight_decay is a finite number ≥ 0; received {self.weight_decay}")
+        if self.train_limit is not None and self.train_limit < 1:
+            raise PlanError(f"train_limit is at least 1; received {self.train_limit}")
+        if not self.lrs or any(not 0 < lr < math.inf for lr in self.lrs):
             raise PlanError(f"learning rates are positive, at least one; received {self.lrs}")
         if len(self.lrs) > 1 and not self.validation:
             raise PlanError("tuning over several learning rates needs a validation split")
@@ -125,6 +138,7 @@ class RunSpec:
         phase: ``"tune"`` is judged on the validation split, ``"final"`` on the test set.
         recipe: How it is trained.
         reference: Normalizer whose network gives an imported network its initial weights.
+        code: Digest of the source of an imported network; empty for built-in ones.
         version: Version of the rules here; a change of what a run computes raises it.
     """
 
@@ -139,7 +153,8 @@ class RunSpec:
     phase: Phase
     recipe: Recipe
     reference: str = "none"
-    version: int = field(default=1)
+    code: str = ""
+    version: int = 1
 
     @property
     def epochs(self) -> float:
@@ -153,6 +168,8 @@ class RunSpec:
         recipe["lrs"] = None
         recipe["epochs"] = self.epochs
         del recipe["tune_epochs"]
+        if not self.code:  # built-in networks draw equal weights without a reference
+            del values["reference"], values["code"]
         return values
 
     @property

@@ -17,7 +17,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normlab.bench.recipe import RunSpec
 
 SCHEMA = 1
 OUTCOMES = ("finished", "diverged", "failed")
@@ -54,10 +57,25 @@ class Record:
 
     def final(self, key: str) -> float | None:
         """Return a finite number from the end, or None."""
-        value = self.end.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        value = number(self.end.get(key))
+        if value is None or ("accuracy" in key and not 0 <= value <= 1):
             return None
+        return value
+
+
+def number(value: Any) -> float | None:
+    """Return a finite number of a record, or None for anything else.
+
+    Example:
+        >>> number(0.5), number("0.5"), number(True), number(10**400)
+        (0.5, None, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
         return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def _plain(value: Any) -> Any:
@@ -142,11 +160,17 @@ class Store:
                 record.end = line
         return record
 
+    def of(self, spec: RunSpec) -> Record | None:
+        """Return the record of just that run: one that says another spec is not it."""
+        record = self.read(spec.id)
+        same = record is not None and record.spec == json.loads(json.dumps(spec.as_dict()))
+        return record if same else None
+
     def lines(self, run_id: str) -> Iterator[dict[str, Any]]:
         """Yield the whole, well-formed lines of a record."""
         try:
             text = self.path(run_id).read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return
         except OSError as error:
             raise StoreError(f"cannot read the record {self.path(run_id)}: {error}") from error

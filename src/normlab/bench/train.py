@@ -263,7 +263,8 @@ class Run:
         lines = list(self.store.lines(run_id))
         kept = [x for x in lines if x.get("event") != "point" or x.get("step", 0) <= self.step]
         kept = [x for x in kept if x.get("event") != "end"]
-        if not kept or kept[0].get("event") != "start":
+        if not kept or kept[0].get("event") != "start" or self.step > self.steps:
+            self.__init__(self.spec, self.task, self.store)  # type: ignore[misc]
             return False
         self.store.rewrite(run_id, kept)
         return True
@@ -324,8 +325,8 @@ def train(
         StoreError: If the record cannot be written.
     """
     done = store.read(spec.id)
-    if done is not None and done.outcome:
-        return done
+    if done is not None and done.outcome in ("finished", "diverged"):
+        return done  # one that failed is tried again: what was wrong may have been mended
     try:
         run = Run(spec, task, store)
         if not run.restore():

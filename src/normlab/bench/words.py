@@ -64,16 +64,18 @@ def _ranking(
             text += f", {100 * gap:.1f} points before {second['normalizer']}{tie}"
         return [f"{text}."]
     difference = best["difference"]
-    if difference:
-        mean = 100 * difference["mean"]
-        text += (
-            f"; it beats {baseline} by {mean:.1f} ± {_half(difference)} points{_tie(difference)}"
-        )
+    if difference and abs(difference["mean"]) < 5e-4:
+        text += f", no different from {baseline}"
+    elif difference:
+        sure = difference["p"] is not None and difference["p"] < _CLEAR
+        points = f"{100 * difference['mean']:.1f} ± {_half(difference)} points"
+        text += f"; it {'beats' if sure else 'is ahead of'} {baseline} by {points}"
+        text += _tie(difference)
     if rivals and rivals[0]["normalizer"] != baseline:
         second = rivals[0]
         overlap = second["accuracy"]["high"] >= best["accuracy"]["low"]
-        word = "within its interval" if overlap else "behind it"
-        text += f"; {second['normalizer']} is {word} at {_percent(second['accuracy']['mean'])}"
+        word = "next (intervals overlap)" if overlap else "next"
+        text += f"; {second['normalizer']} is {word}, at {_percent(second['accuracy']['mean'])}"
     return [f"{text}."]
 
 
@@ -82,7 +84,9 @@ def _tie(difference: dict[str, Any] | None) -> str:
     if difference is None or difference["n"] < 2:
         return " (one seed: no test)"
     p = difference["p"]
-    if p is None or p < _CLEAR:
+    if p is None:
+        return " (no spread between seeds: no test)"
+    if p < _CLEAR:
         return ""
     return f" (paired p = {p:.2f}: could be chance)"
 
@@ -134,8 +138,9 @@ def _troubles(comparison: dict[str, Any]) -> list[str]:
 
 def _reach(comparison: dict[str, Any], done: list[dict[str, Any]]) -> list[str]:
     """How far the numbers carry."""
-    n = min(arm["n"] for arm in done)
-    if n >= 5:
+    fewest, most = min(arm["n"] for arm in done), max(arm["n"] for arm in done)
+    if fewest >= 5:
         return []
-    seeds = "one seed" if n == 1 else f"{n} seeds"
-    return [f"With {seeds} an arm, differences of a point or less mean little."]
+    seeds = f"{fewest} to {most} seeds" if fewest < most else f"{most} seeds"
+    seeds = "one seed" if most == 1 else seeds
+    return [f"With {seeds} an arm, intervals say what happened, not what another seed would do."]

@@ -125,7 +125,8 @@ class Compare:
             for kind in self.composition:
                 sizes = self.norm_batch or (batch,)
                 # A whole batch of one class would be another optimization problem.
-                usable = [n for n in sizes if kind == "iid" or n * 2 <= batch]
+                # One sample is of one class anyway.
+                usable = [n for n in sizes if kind == "iid" or 1 < n <= batch // 2]
                 found += [Condition(batch, n, kind) for n in usable]
         if not found:
             raise PlanError(
@@ -137,6 +138,7 @@ class Compare:
     def plan(self) -> Plan:
         """Return what these options mean; reads the data set."""
         from normlab import data as sets
+        from normlab import networks
         from normlab.bench.plan import Plan
         from normlab.bench.recipe import Recipe
 
@@ -168,6 +170,7 @@ class Compare:
             seeds=tuple(range(self.seeds)),
             recipe=recipe,
             title=self.title,
+            code=networks.source_digest(self.network),
             command=shlex.join(["normlab", *sys.argv[1:]]),
             facts=_facts(self, data),
         )

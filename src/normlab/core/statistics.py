@@ -239,7 +239,8 @@ def check_policies(use: object = None, update: object = None) -> None:
     """Raise ValueError for a policy that there is not; None is one that is left as it is."""
     if use is not None and use not in ("auto", "batch", "stored"):
         raise ValueError(f"use is 'auto', 'batch' or 'stored'; received {use!r}")
-    if update is not None and update not in ("auto", True, False, "accumulate"):
+    known = update is None or isinstance(update, bool) or update in ("auto", "accumulate")
+    if not known:
         raise ValueError(f"update is 'auto', True, False or 'accumulate'; received {update!r}")
 
 

@@ -28,7 +28,9 @@ def _gates(x: Tensor, rate: float) -> Tensor:
     size = (-(-x.numel() // 4),)
     words = torch.randint(-(2**63), 2**63 - 1, size, dtype=torch.int64, device=x.device)
     draws = words.view(torch.int16)[: x.numel()]
-    return (draws >= steps - _STEPS // 2).view(x.shape)
+    keep = (draws >= steps - _STEPS // 2).view(x.shape)
+    # In the layout of x: the output takes that of its first operand, which is this.
+    return keep if x.is_contiguous() else torch.empty_like(x, dtype=torch.bool).copy_(keep)
 
 
 def _pack(keep: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A spec names the network (``"resnet20"``, ``"cnn:depth=10,width=8"``, ``"my.modu
 """
 
 from .cnn import CnnPlan
+from .imported import source_digest
 from .mlp import MlpPlan
 from .plan import ImageShape, NetworkError, NormFactory, Plan
 from .resnet import ResNetPlan
@@ -26,5 +27,6 @@ __all__ = [
     "describe",
     "names",
     "parse",
+    "source_digest",
     "weight_layers",
 ]

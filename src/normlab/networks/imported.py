@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -90,3 +92,28 @@ def call(path: str, norm: NormFactory, *, classes: int, image_shape: ImageShape)
             f"network {path!r} must return an nn.Module, received {type(network).__name__}"
         )
     return network
+
+
+def source_digest(spec: str) -> str:
+    """Digest of the source file of an imported network, so that edited code is another network.
+
+    Args:
+        spec: A network's spec.
+
+    Returns:
+        16 hexadecimal digits; empty for a built-in network.
+
+    Raises:
+        NetworkError: If the import path leads nowhere.
+    """
+    from .spec import parse
+
+    if parse(spec) is not None:
+        return ""
+    target = inspect.unwrap(locate(spec))
+    try:
+        path = inspect.getsourcefile(target if inspect.isroutine(target) else type(target))
+        content = Path(path).read_bytes() if path else spec.encode()
+    except (OSError, TypeError):  # built in C, or typed at a prompt
+        content = spec.encode()
+    return hashlib.sha256(content).hexdigest()[:16]
