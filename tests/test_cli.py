@@ -212,7 +212,7 @@ def test_a_network_of_ones_own_is_found_in_the_working_folder(tmp_path):
         "from torch import nn\n"
         "def net(norm):\n"
         "    return nn.Sequential(nn.Conv2d(1, 4, 3, 2), norm(4), nn.ReLU(), nn.Flatten(),"
-        " nn.Linear(4 * 13 * 13, 10))\n"
+        " nn.LazyLinear(10))\n"
     )
     small = [*SMALL]
     small[small.index("--network") + 1] = "net:net"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .plan import ImageShape, NetworkError, NormFactory
@@ -91,6 +92,10 @@ def call(path: str, norm: NormFactory, *, classes: int, image_shape: ImageShape)
         raise NetworkError(
             f"network {path!r} must return an nn.Module, received {type(network).__name__}"
         )
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in network.parameters()):
+        with torch.no_grad():  # lazy layers take their shapes from a first input
+            network.eval()(torch.zeros(2, *image_shape))
+        network.train()
     return network
 
 
