@@ -55,6 +55,16 @@ def test_compare_writes_records_a_comparison_and_a_page(compared):
     assert comparison["data"]["train"] == 180
 
 
+def test_lists_may_be_given_with_commas(compared):
+    out, _ = compared
+    words = ["compare", "--normalizers", "none,batch", *SMALL[4:], "--norm-batch", "20,2"]
+    words[words.index("0.05") : words.index("0.05") + 2] = ["0.05,0.1"]
+    done = normlab(*words, "--composition", "iid,class", "--out", str(out) + "-lists", "--json")
+    assert done.returncode == 0, done.stderr
+    found = [c["id"] for c in json.loads(done.stdout)["conditions"]]
+    assert found == ["b20-n20-iid", "b20-n2-iid", "b20-n2-class"]
+
+
 def test_the_same_command_repeats_nothing(compared, tmp_path):
     out, _ = compared
     before = {p.name: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}

@@ -16,6 +16,9 @@ _EXTRA = (
 )
 
 
+_LISTS = ("--normalizers", "--norm-batch", "--composition", "--batch-size", "--condition", "--lrs")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -39,7 +42,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[commands.Report, tyro.conf.subcommand("report")],
         tyro.conf.OmitSubcommandPrefixes,
     ]
-    return _guarded(tyro.cli(choose, prog="normlab", args=arguments))
+    words = split_lists(sys.argv[1:] if arguments is None else arguments)
+    return _guarded(tyro.cli(choose, prog="normlab", args=words))
+
+
+def split_lists(words: Sequence[str]) -> list[str]:
+    """Let lists be given with commas too: ``--norm-batch 64,8,2`` for ``--norm-batch 64 8 2``.
+
+    Args:
+        words: The command line.
+
+    Returns:
+        The command line with such lists apart; words with ``=``, as ``group:groups=4,eps=1e-3``,
+        stay whole.
+
+    Example:
+        >>> split_lists(["compare", "--norm-batch=64,8", "--out", "a,b"])
+        ['compare', '--norm-batch', '64', '8', '--out', 'a,b']
+    """
+    found: list[str] = []
+    option = ""
+    for word in words:
+        if word.startswith("--"):
+            option, equals, value = word.partition("=")
+            option = option.replace("_", "-")
+            if option not in _LISTS or not equals:
+                found.append(word)
+                continue
+            found.append(option)
+            word = value
+        apart = option in _LISTS and "=" not in word
+        found += [part for part in word.split(",") if part] if apart else [word]
+    return found
 
 
 def _guarded(command: Any) -> int:
