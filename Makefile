@@ -13,7 +13,7 @@ demo: $(VENV)/.lab
 	$(BIN)/normlab compare --out demo --title "Normalizers compared on Fashion-MNIST" \
 	  --normalizers none batch ic group filter_response batch_renorm \
 	  --condition 64 8:class --network resnet:depth=8,width=8 \
-	  --seeds 2 --epochs 1 --tune-epochs 0.3 --lrs 0.01 0.03 0.1 0.3 1 --points 5
+	  --seeds 2 --epochs 1 --tune-epochs 0.25 --lrs 0.01 0.03 0.1 0.3 1 --points 5
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
