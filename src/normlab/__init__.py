@@ -18,6 +18,10 @@ __version__ = "0.1.0"
 _WHERE = {
     "catalogue": "normlab.discovery",
     "norm": "normlab.discovery",
+    "weight": "normlab.weights.apply",
+    "unweight": "normlab.weights.apply",
+    "gradient": "normlab.gradients.apply",
+    "link": "normlab.core.link",
     "Card": "normlab.core.card",
     "Invariance": "normlab.core.card",
     "Normalize": "normlab.core.layer",
@@ -66,7 +70,11 @@ if TYPE_CHECKING:
     from normlab.core.statistics import Running as Running
     from normlab.core.statistics import statistics as statistics
     from normlab.discovery import catalogue as catalogue
+    from normlab.core.link import link as link
     from normlab.discovery import norm as norm
+    from normlab.gradients.apply import gradient as gradient
+    from normlab.weights.apply import unweight as unweight
+    from normlab.weights.apply import weight as weight
 
 
 def __getattr__(name: str) -> Any:

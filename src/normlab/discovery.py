@@ -11,7 +11,11 @@ from torch import nn
 
 from normlab.core.card import Card, Catalogue, Site
 
-_SITES: dict[Site, str] = {"activation": "normlab.activations"}
+_SITES: dict[Site, str] = {
+    "activation": "normlab.activations",
+    "weight": "normlab.weights",
+    "gradient": "normlab.gradients",
+}
 
 
 @lru_cache(maxsize=1)
@@ -71,10 +75,11 @@ def norm(name: str, channels: int, **options: Any) -> nn.Module:
         >>> norm("group", 64, groups=8)
         GroupNorm(64, n (g c) * -> (n g) (c *), groups=8, eps=1e-05)
     """
-    return catalogue("activation")[name].make(channels, **options)
+    layer: nn.Module = catalogue("activation")[name].make(channels, **options)
+    return layer
 
 
-def layer_class(name: str) -> type[nn.Module] | None:
+def layer_class(name: str) -> type[Any] | None:
     """Return the class of that name among the cards' layers."""
     return next((c.layer for c in _cards() if c.layer.__name__ == name), None)
 

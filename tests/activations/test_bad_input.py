@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import normlab as nl
-from activations.cases import ONE_EACH, STORING, build, sample
+from activations.cases import EVERY, STORING, build, sample
 
 CATALOGUE = nl.catalogue("activation")
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_one_sample_without_positions(name, options):
     layer, x = build(name, options), sample((1, 6))
     before = {k: v.clone() for k, v in layer.state_dict().items()}
@@ -43,12 +43,12 @@ def test_one_sample_with_stored_statistics_in_training_mode(name, options):
     assert layer.train()(sample((1, 6))).isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_one_sample_with_positions_is_defined(name, options):
     assert build(name, options)(sample((1, 6, 4, 2))).isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_maps_of_one_position_equal_no_positions(name, options):
     flat, maps, x = build(name, options), build(name, options), sample((8, 6))
     with warnings.catch_warnings():
@@ -72,7 +72,7 @@ EMPTY = [(0, 6), (0, 6, 5), (0, 6, 5, 3), (4, 6, 0), (4, 6, 0, 3)]
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shape", EMPTY)
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_empty_batches(name, options, shape, training):
     layer = build(name, options).train(training)
     before = {k: v.clone() for k, v in layer.state_dict().items()}
@@ -88,14 +88,14 @@ def test_empty_batches(name, options, shape, training):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_empty_batches_keep_their_dtype(name, options, dtype):
     assert nl.norm(name, 6, **options)(torch.zeros(0, 6, 5, dtype=dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("channel_dim", [1, -1])
 @pytest.mark.parametrize("shape", [(8, 5, 4), (8, 7), (6,), (0, 5)])
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_wrong_channels(name, options, shape, channel_dim):
     layer = build(name, options, channel_dim=channel_dim)
     with pytest.raises(ValueError, match="6 channels.*received shape " + str(shape).replace(
@@ -104,7 +104,7 @@ def test_wrong_channels(name, options, shape, channel_dim):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_integers_are_refused(name, options, dtype):
     with pytest.raises(TypeError, match=r"floating-point.*received torch"):
         build(name, options)(torch.ones(8, 6, 5).to(dtype))

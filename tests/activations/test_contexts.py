@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import normlab as nl
-from activations.cases import ONE_EACH, build, sample
+from activations.cases import EVERY, build, sample
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_inference_mode_leaves_a_layer_that_trains(name, options):
     layer, plain = build(name, options), build(name, options)
     x = sample((8, 6, 5))
@@ -23,7 +23,7 @@ def test_inference_mode_leaves_a_layer_that_trains(name, options):
     assert z.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_without_gradients_the_numbers_are_the_same(name, options):
     layer, plain = build(name, options), build(name, options)
     x = sample((8, 6, 5))
@@ -33,7 +33,7 @@ def test_without_gradients_the_numbers_are_the_same(name, options):
     torch.testing.assert_close(y, plain(x.requires_grad_()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_autocast(name, options):
     model = nn.Sequential(nn.Conv1d(4, 6, 1), nl.norm(name, 6, **options), nn.Conv1d(6, 2, 1))
     with torch.autocast("cpu", torch.bfloat16):
@@ -43,7 +43,7 @@ def test_autocast(name, options):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_meta_tensors_give_shapes(name, options):
     layer = nl.norm(name, 6, **options).to("meta")
     y = layer(torch.empty(8, 6, 5, device="meta", requires_grad=True))
@@ -52,7 +52,7 @@ def test_meta_tensors_give_shapes(name, options):
     assert layer.eval()(torch.empty(8, 6, 5, device="meta")).device.type == "meta"
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_copies_are_independent(name, options):
     layer = build(name, options)
     layer(sample((8, 6, 5)))
@@ -64,7 +64,7 @@ def test_copies_are_independent(name, options):
         assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_the_input_is_not_written_to_and_the_output_may_be(name, options):
     layer, x = build(name, options), sample((8, 6, 5))
     if name == "none":
@@ -77,7 +77,7 @@ def test_the_input_is_not_written_to_and_the_output_may_be(name, options):
     assert torch.equal(leaf.detach(), kept)
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_two_backward_passes_of_one_graph(name, options):
     layer, x = build(name, options), sample((8, 6, 5)).requires_grad_()
     y = layer(x).pow(2).sum()
@@ -86,7 +86,7 @@ def test_two_backward_passes_of_one_graph(name, options):
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_two_forward_passes_before_a_backward_pass(name, options):
     """Updated buffers are not part of the first graph."""
     layer, alone = build(name, options), build(name, options)
@@ -97,7 +97,7 @@ def test_two_forward_passes_before_a_backward_pass(name, options):
     torch.testing.assert_close(a.grad, c.grad, rtol=1e-12, atol=1e-12)  # the same computation
 
 
-@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+@pytest.mark.parametrize(("name", "options"), EVERY)
 def test_stored_use_then_update_before_backward(name, options):
     """A graph through stored statistics survives the update that follows it."""
     layer = build(name, options)

@@ -91,6 +91,7 @@ def as_dict(card: Card) -> dict[str, Any]:
         "invariances": [str(i) for i in card.declared],
         "batch_of_one": card.batch_of_one,
         "limits": list(card.limits),
+        "exempt_from": dict(card.exempt),
         "use_when": card.use_when,
         "avoid_when": card.avoid_when,
         "advice": card.advice,

@@ -57,9 +57,12 @@ class Card:
         statistics: Which numbers are used when, in words.
         recovery: Ψ in words.
         layer: The class.
-        build: (channels, **options) → layer, where the class takes its arguments otherwise.
-        reference: (x, parameters, **options) → y: the training-mode formula for x of shape
-            (N, C, *positions), written out plainly with independent operations: the tests' oracle.
+        build: (channels, **options) → layer, where the class takes its arguments otherwise; for a
+            weight or gradient method, (module, **options).
+        reference: The formula, written out plainly with independent operations: the tests' oracle.
+            Activations: (x, parameters, **options) → y in training mode, x of shape
+            (N, C, *positions). Weights: (matrix, parameters, **options) → matrix, one row a unit.
+            Gradients: (gradient, weight, **options) → gradient, one row a unit.
         twin: (channels, rank) → the torch layer with the same state dict and the same outputs, for
             inputs with `rank` position axes; None where torch has none.
         case: Options under which tests build it, where defaults would not exercise it.
@@ -74,6 +77,10 @@ class Card:
         advice: What the paper says of training with it.
         for_steps: (steps) → options to use in a run of that many steps, for methods whose paper
             sets schedules for much longer ones.
+        warmup: Least share of a run over which the learning rate rises from 0, where the paper
+            asks for a warm-up; the bench's recipe keeps to it.
+        exempt: Laws of `normlab.conformance` that the method by its nature does not keep, each with
+            the reason.
     """
 
     name: str
@@ -87,9 +94,9 @@ class Card:
     operation: str
     statistics: str
     recovery: str
-    layer: type[nn.Module]
+    layer: type[Any]
     reference: Callable[..., Tensor]
-    build: Callable[..., nn.Module] | None = None
+    build: Callable[..., Any] | None = None
     twin: Callable[[int, int], nn.Module] | None = None
     case: Mapping[str, Any] = field(default_factory=dict)
     declared: tuple[Invariance, ...] = ()
@@ -101,6 +108,8 @@ class Card:
     source: Literal["paper", "code", "unverified"] = "paper"
     advice: str = ""
     for_steps: Callable[[int], dict[str, Any]] | None = None
+    warmup: float = 0.0
+    exempt: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -108,15 +117,15 @@ class Card:
         taken = inspect.signature(self.build or self.layer).parameters.values()
         return {p.name: p.default for p in taken if p.default is not inspect.Parameter.empty}
 
-    def make(self, channels: int, **options: Any) -> nn.Module:
-        """Build the layer.
+    def make(self, subject: Any, **options: Any) -> Any:
+        """Build the layer, the parametrization, the projection or the transform.
 
         Args:
-            channels: C.
+            subject: C for an activation method, else the module or model that it is for.
             **options: Options of the method.
 
         Returns:
-            The layer.
+            An instance of `layer`.
 
         Raises:
             TypeError: If an option is unknown; near ones are suggested.
@@ -129,7 +138,7 @@ class Card:
                 f"{self.name!r} has no option {unknown[0]!r}.{hint} "
                 f"Its options: {', '.join(self.options)}"
             )
-        return (self.build or self.layer)(channels, **options)
+        return (self.build or self.layer)(subject, **options)
 
 
 class UnknownNameError(KeyError):

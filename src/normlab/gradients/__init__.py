@@ -1,0 +1,1 @@
+"""Gradient methods: one file, one card each; `apply` attaches them to an optimizer."""
