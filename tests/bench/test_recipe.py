@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from normlab.bench.choice import ChoiceError, parse
+from normlab.bench.choice import ChoiceError, Term, parse
 from normlab.bench.plan import TUNING_SEED, Plan, chosen_rate
 from normlab.bench.recipe import Condition, PlanError, Recipe
 from normlab.bench.records import Record, Store, StoreError
@@ -21,7 +21,8 @@ from .conftest import RECIPE, make_plan
 )
 def test_choices_are_read(spec, name, options):
     choice = parse(spec)
-    assert (choice.label, choice.name, choice.options) == (spec.strip(), name, options)
+    assert choice.label == spec.strip()
+    assert choice.terms == (Term(name, options),)
 
 
 @pytest.mark.parametrize(

@@ -176,18 +176,21 @@ class _Arm:
 
 def _normalizer(spec: str) -> dict[str, Any]:
     """What the report says of a normalizer."""
-    from normlab.discovery import catalogue
-
-    chosen = choice.parse(spec)
-    card = catalogue("activation")[chosen.name]
-    pattern = card.pattern if "->" in card.pattern else None
-    options = {k: str(v) for k, v in chosen.options.items()}
+    terms = choice.parse(spec).terms
+    cards = [term.card for term in terms]
+    patterns = [card.pattern for card in cards if "->" in card.pattern]
+    several = len(terms) > 1
+    options = {
+        f"{term.name}.{key}" if several else key: str(value)
+        for term in terms
+        for key, value in term.options.items()
+    }
     return {
         "label": spec,
-        "name": chosen.name,
-        "title": card.title,
+        "name": "+".join(term.name for term in terms),
+        "title": " + ".join(card.title for card in cards),
         "options": options,
-        "pattern": pattern,
+        "pattern": "; ".join(patterns) or None,
     }
 
 

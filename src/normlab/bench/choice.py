@@ -1,16 +1,48 @@
-"""Normalizers as the command line names them: ``group``, ``group:groups=4``, ``lp_batch:p=max``."""
+"""Arms as the command line names them: ``group:groups=4``, ``batch+rescaling``, ``none+weight_norm``.
+
+    arm  = term {"+" term}
+    term = name [":" option "=" value {"," option "=" value}]
+
+At most one term is an activation method (``none`` where there is none); weight methods and
+gradient methods may follow, gradient methods acting in their order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from normlab.core.card import Card
 
 
 class ChoiceError(ValueError):
     """A normalizer's spec that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One method of an arm.
+
+    Attributes:
+        name: Name in the catalogue.
+        options: Options given.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def card(self) -> Card:
+        """Its card."""
+        from normlab.discovery import catalogue
+
+        return catalogue()[self.name]
 
 
 @dataclass(frozen=True)
@@ -19,13 +51,19 @@ class Choice:
 
     Attributes:
         label: The spec as given; names the arm everywhere.
-        name: Name in the catalogue.
-        options: Options given.
+        activation: The method that normalizes activations, ``none`` by default.
+        others: Methods for weights and gradients.
     """
 
     label: str
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
+    activation: Term
+    others: tuple[Term, ...] = ()
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """All methods; ``none`` is left out where it stands beside others."""
+        alone = self.activation.name == "none" and self.others
+        return self.others if alone else (self.activation, *self.others)
 
     def factory(self, forward_passes: int | None = None) -> Callable[..., nn.Module]:
         """Return ``norm(channels, **options)``.
@@ -37,20 +75,69 @@ class Choice:
         Returns:
             The factory.
         """
-        from normlab.discovery import catalogue
-
-        card = catalogue("activation")[self.name]
+        card = self.activation.card
         adapted = card.for_steps(forward_passes) if card.for_steps and forward_passes else {}
-        options = {**adapted, **self.options}
+        options = {**adapted, **self.activation.options}
         return lambda channels, **more: card.make(channels, **{**options, **more})
 
     def adapted(self, forward_passes: int) -> dict[str, str]:
         """Return, as text, the options that `factory` adds for a run of that length."""
-        from normlab.discovery import catalogue
-
-        card = catalogue("activation")[self.name]
+        card = self.activation.card
         added = card.for_steps(forward_passes) if card.for_steps else {}
-        return {k: str(v) for k, v in added.items() if k not in self.options}
+        return {k: str(v) for k, v in added.items() if k not in self.activation.options}
+
+    @property
+    def warmup(self) -> float:
+        """Least share of the steps over which the learning rate rises, as the papers ask."""
+        return max(term.card.warmup for term in self.terms)
+
+    def prepare(self, network: nn.Module, example: Tensor) -> None:
+        """Put the arm's weight methods into a network, and link its layers where they need it.
+
+        Args:
+            network: With the arm's normalizers and its initial weights.
+            example: Some images.
+        """
+        import normlab as nl
+
+        if any(getattr(layer, "wants_predecessor", False) for layer in network.modules()):
+            nl.link(network, example)
+        for term in self.others:
+            if term.card.site == "weight" and not _projects(term):
+                nl.weight(term.name, network, **{"skip": _head(network), **term.options})
+
+    def attach(self, network: nn.Module, optimizer: Optimizer, example: Tensor) -> None:
+        """Attach the arm's projections and gradient methods to an optimizer.
+
+        Args:
+            network: As `prepare` left it.
+            optimizer: Of its parameters.
+            example: Some images.
+        """
+        import normlab as nl
+
+        transforms = []
+        for term in self.others:
+            if _projects(term):
+                options = {"example": example, **term.options}
+                nl.weight(term.name, network, **options).attach(optimizer)
+            elif term.card.site == "gradient":
+                skips = {"skip": _head(network)} if term.name == "adaptive_clip" else {}
+                transforms.append(nl.gradient(term.name, network, **{**skips, **term.options}))
+        if transforms:
+            nl.gradient.chain(*transforms).attach(optimizer)
+
+
+def _projects(term: Term) -> bool:
+    """Whether a method acts after the optimizer's step instead of in the forward pass."""
+    return term.card.site == "weight" and hasattr(term.card.layer, "attach")
+
+
+def _head(network: nn.Module) -> tuple[str, ...]:
+    """The classifier, which papers leave out of weight normalization and clipping."""
+    from normlab.networks import weight_layers
+
+    return tuple(name for name, _ in weight_layers(network))[-1:]
 
 
 def _value(text: str) -> Any:
@@ -66,8 +153,9 @@ def _value(text: str) -> Any:
     return text
 
 
+@lru_cache(maxsize=256)
 def parse(spec: str) -> Choice:
-    """Read ``name`` or ``name:option=value,option=value``, and check it against the card.
+    """Read an arm, and check it against the cards.
 
     Args:
         spec: The text.
@@ -76,19 +164,33 @@ def parse(spec: str) -> Choice:
         The choice.
 
     Raises:
-        ChoiceError: If the text, the name or an option is wrong; near names are suggested.
+        ChoiceError: If the text, a name or an option is wrong; near names are suggested.
 
     Example:
-        >>> parse("group:groups=4").options
-        {'groups': 4}
+        >>> parse("group:groups=4+standardization").terms
+        (Term(name='group', options={'groups': 4}), Term(name='standardization', options={}))
         >>> parse("grop")
         Traceback (most recent call last):
         ...
         normlab.bench.choice.ChoiceError: no method is called 'grop'. Did you mean group, ...
     """
+    terms = [_term(spec, text) for text in spec.strip().split("+")]
+    activations = [t for t in terms if t.card.site == "activation"]
+    others = tuple(t for t in terms if t.card.site != "activation")
+    names = [t.name for t in terms]
+    if len(activations) > 1 or len(set(names)) < len(names):
+        raise ChoiceError(
+            f"arm {spec!r}: one method for activations, and each of the others once; "
+            f"received {', '.join(names)}"
+        )
+    return Choice(spec.strip(), activations[0] if activations else Term("none"), others)
+
+
+def _term(spec: str, text: str) -> Term:
+    """Read ``name`` or ``name:option=value,option=value``."""
     from normlab.discovery import catalogue
 
-    name, _, tail = spec.strip().partition(":")
+    name, _, tail = (part.strip() for part in text.partition(":"))
     options: dict[str, Any] = {}
     for pair in filter(None, tail.split(",")):
         option, equals, value = (part.strip() for part in pair.partition("="))
@@ -98,10 +200,7 @@ def parse(spec: str) -> Choice:
             )
         options[option] = _value(value)
     try:
-        card = catalogue("activation")[name]
-        unknown = [option for option in options if option not in card.options]
-        if unknown:
-            card.make(8, **{unknown[0]: None})  # raises, with suggestions
+        catalogue()[name].check_options(options)
     except (KeyError, TypeError) as error:
         raise ChoiceError(str(error)) from error
-    return Choice(spec.strip(), name, options)
+    return Term(name, options)

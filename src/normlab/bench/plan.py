@@ -63,7 +63,7 @@ class Plan:
         parsed = [choice.parse(spec) for spec in self.normalizers]
         for i, one in enumerate(parsed):
             for other in parsed[:i]:
-                if (one.name, one.options) == (other.name, other.options):
+                if one.terms == other.terms:
                     raise PlanError(f"{other.label!r} and {one.label!r} name one arm twice")
         grain = self.grain
         for condition in self.conditions:

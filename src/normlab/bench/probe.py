@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -59,20 +60,19 @@ def initial_statistics(
 
         return hook
 
-    with torch.random.fork_rng(devices=[]):
-        handles = [
-            module.register_forward_hook(watch(name))
-            for name, module in twin.named_modules()
-            if isinstance(module, _WEIGHTED)
-        ]
+    weighted = {n: m for n, m in twin.named_modules() if isinstance(m, _WEIGHTED)}
+    # Cached, so that a parametrized weight is one tensor, whose gradient can be kept.
+    with torch.random.fork_rng(devices=[]), parametrize.cached():
+        handles = [m.register_forward_hook(watch(n)) for n, m in weighted.items()]
+        for module in weighted.values():
+            if parametrize.is_parametrized(module, "weight"):
+                cast(Tensor, module.weight).retain_grad()
         loss = nn.functional.cross_entropy(twin(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         for handle in handles:
             handle.remove()
+        for name, row in rows.items():
+            gradient = cast(Tensor, weighted[name].weight).grad
+            row["weight_gradient_norm"] = math.nan if gradient is None else float(gradient.norm())
         kept = saved_bytes(lambda: nn.functional.cross_entropy(twin(images), labels))
-    modules = dict(twin.named_modules())
-    for name, row in rows.items():
-        gradient = modules[name].weight.grad
-        norm = math.nan if gradient is None else float(gradient.norm())
-        row["weight_gradient_norm"] = norm
     return list(rows.values()), kept

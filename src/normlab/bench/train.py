@@ -22,6 +22,7 @@ from normlab.bench.records import SCHEMA, Record, Store, StoreError
 
 _EVALUATION_BATCH = 500
 _CHECKPOINT_SECONDS = 20.0
+_EXAMPLE = 16
 
 
 class Stopped(Exception):
@@ -90,13 +91,22 @@ def build_network(spec: RunSpec, data: sets.ImageData, passes: int) -> nn.Module
     network = build(spec.normalizer)
     if networks.parse(spec.network) is None and spec.reference != spec.normalizer:
         networks.align(network, build(spec.reference), weights_only=True)
+    choice.parse(spec.normalizer).prepare(network, example(data))
     torch.manual_seed(spec.seed)
     return network
 
 
+def example(data: sets.ImageData) -> Tensor:
+    """Some images, for methods that look at what a network does with its input."""
+    return data.prepare(data.train_images[:_EXAMPLE])
+
+
 def learning_rate(spec: RunSpec, step: int, steps: int) -> float:
-    """Linear warm-up from 0, then cosine decay to 0."""
-    warm = round(spec.recipe.warmup * steps)
+    """Linear warm-up from 0, then cosine decay to 0.
+
+    A method whose paper asks for a warm-up gets one, however short the recipe's.
+    """
+    warm = round(max(spec.recipe.warmup, choice.parse(spec.normalizer).warmup) * steps)
     if step < warm:
         return spec.lr * (step + 1) / warm
     return spec.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
@@ -105,8 +115,10 @@ def learning_rate(spec: RunSpec, step: int, steps: int) -> float:
 def make_optimizer(network: nn.Module, spec: RunSpec) -> torch.optim.SGD:
     """Stochastic gradient descent; scales, shifts and biases have no weight decay."""
     parameters = [p for p in network.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1]
-    rest = [p for p in parameters if p.ndim <= 1]
+    # Gains of parametrized weights have axes of length 1, to broadcast.
+    matrices = {id(p) for p in parameters if sum(size > 1 for size in p.shape) > 1}
+    decayed = [p for p in parameters if id(p) in matrices]
+    rest = [p for p in parameters if id(p) not in matrices]
     groups = [
         {"params": decayed, "weight_decay": spec.recipe.weight_decay},
         {"params": rest, "weight_decay": 0.0},
@@ -142,6 +154,8 @@ class Run:
         self.parts = spec.condition.batch_size // spec.condition.norm_batch
         self.network = build_network(spec, task.data, self.steps * self.parts)
         self.optimizer = make_optimizer(self.network, spec)
+        self.choice = choice.parse(spec.normalizer)
+        self.choice.attach(self.network, self.optimizer, example(task.data))
         self.step, self.seconds, self.totals = 0, 0.0, _Totals()
         self.order = task.order(spec, 0)
         self.saved_at = time.monotonic()
@@ -272,8 +286,12 @@ class Run:
     def begin(self) -> None:
         """Write the first line of the record."""
         images, labels, parts = self.batch()
-        rows, kept = initial_statistics(self.network, images[parts[0]], labels[parts[0]])
-        added = choice.parse(self.spec.normalizer).adapted(self.steps * self.parts)
+        passes = self.steps * self.parts
+        twin = build_network(self.spec, self.task.data, passes)  # no hook of a gradient method
+        rows, kept = initial_statistics(twin, images[parts[0]], labels[parts[0]])
+        added = self.choice.adapted(passes)
+        if self.choice.warmup > self.spec.recipe.warmup:
+            added["warmup"] = f"{self.choice.warmup:g}"
         parameters = sum(p.numel() for p in self.network.parameters())
         line = start_line(self.spec)
         line |= {"initial": rows, "saved_for_backward_bytes": kept, "adapted_options": added}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -130,6 +130,18 @@ class Card:
         Raises:
             TypeError: If an option is unknown; near ones are suggested.
         """
+        self.check_options(options)
+        return (self.build or self.layer)(subject, **options)
+
+    def check_options(self, options: Iterable[str]) -> None:
+        """Refuse unknown options.
+
+        Args:
+            options: Their names.
+
+        Raises:
+            TypeError: If one is unknown; near ones are suggested.
+        """
         unknown = sorted(set(options) - set(self.options))
         if unknown:
             near = difflib.get_close_matches(unknown[0], self.options, n=2, cutoff=0.5)
@@ -138,7 +150,6 @@ class Card:
                 f"{self.name!r} has no option {unknown[0]!r}.{hint} "
                 f"Its options: {', '.join(self.options)}"
             )
-        return (self.build or self.layer)(subject, **options)
 
 
 class UnknownNameError(KeyError):
