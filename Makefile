@@ -43,6 +43,6 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 EXTRA_lab := lab
-EXTRA_test := lab,test
-EXTRA_lint := lab,test,lint
+EXTRA_test := lab,export,test
+EXTRA_lint := lab,export,test,lint
 EXTRA_docs := lab,docs
