@@ -1,4 +1,4 @@
-"""Arms as the command line names them: ``group:groups=4``, ``batch+rescaling``, ``none+weight_norm``.
+"""Arms as the command line names them: ``group:groups=4``, ``batch+rescaling``, ``weight_norm``.
 
     arm  = term {"+" term}
     term = name [":" option "=" value {"," option "=" value}]

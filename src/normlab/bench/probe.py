@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +66,13 @@ def initial_statistics(
         handles = [m.register_forward_hook(watch(n)) for n, m in weighted.items()]
         for module in weighted.values():
             if parametrize.is_parametrized(module, "weight"):
-                cast(Tensor, module.weight).retain_grad()
+                module.weight.retain_grad()
         loss = nn.functional.cross_entropy(twin(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         for handle in handles:
             handle.remove()
         for name, row in rows.items():
-            gradient = cast(Tensor, weighted[name].weight).grad
+            gradient = weighted[name].weight.grad
             row["weight_gradient_norm"] = math.nan if gradient is None else float(gradient.norm())
         kept = saved_bytes(lambda: nn.functional.cross_entropy(twin(images), labels))
     return list(rows.values()), kept

@@ -62,7 +62,7 @@ def initialize(model: nn.Module, generator: torch.Generator) -> None:
             shift.uniform_(-bound, bound, generator=generator)
         else:
             nn.init.kaiming_normal_(drawn, mode="fan_out", nonlinearity="relu", generator=generator)
-        weight.copy_(drawn)
+        weight.copy_(drawn * getattr(layer, "init_gain", 1.0))
         if isinstance(bias, torch.Tensor):
             bias.copy_(shift)
 
