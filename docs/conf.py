@@ -1,6 +1,9 @@
 """Configuration of the documentation."""
 
+from pathlib import Path
+
 import normlab
+from normlab.discovery import catalogue
 
 project = "normlab"
 release = version = normlab.__version__
@@ -24,6 +27,23 @@ def escape(app, what, name, obj, options, lines):
             lines[i] = "``".join(parts)
 
 
+def write_methods(app):
+    """Write the page of all methods from their cards, so that none is left out."""
+    lines = ["# Methods", ""]
+    for site, heading in (("activation", "Activations"), ("weight", "Weights"),
+                          ("gradient", "Gradients")):  # fmt: skip
+        lines += [f"## {heading}", "", "```{eval-rst}"]
+        for card in catalogue(site).values():
+            lines += [f".. automodule:: {card.layer.__module__}",
+                      f"   :members: {card.layer.__name__}"]  # fmt: skip
+        lines += ["```", ""]
+    path = Path(app.srcdir) / "methods.md"
+    text = "\n".join(lines)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
 def setup(app):
     """Escape before napoleon, which adds markup of its own, reads the docstrings."""
+    app.connect("builder-inited", write_methods)
     app.connect("autodoc-process-docstring", escape, priority=400)

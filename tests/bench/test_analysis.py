@@ -191,3 +191,10 @@ def test_pairs_are_made_by_seed():
     assert found["mean"] == pytest.approx(0.15)
     assert paired({0: 0.5}, {1: 0.5}) is None
     assert paired({0: 0.5}, {0: 0.4})["p"] is None
+
+
+def test_files_that_are_no_records_are_named(plan, filled):
+    assert not any("could not be read" in line for line in analyse(plan, filled)["summary"])
+    (filled.runs / "torn.jsonl").write_text("{")
+    said = analyse(plan, filled)["summary"][-1]
+    assert said == "1 record file could not be read and is left out: torn.jsonl."

@@ -214,6 +214,7 @@ def analyse(plan: Plan, store: Store) -> dict[str, Any]:
     arms = [_Arm(plan, store, n, c) for n, c in plan.arms()]
     baselines = {a.condition.id: a.accuracies() for a in arms if a.normalizer == plan.baseline}
     ended = [r for arm in arms for r in arm.ended]
+    unreadable = store.unreadable()
     facts = plan.facts
     parameters = {
         a.normalizer: int(a.finals[0].start["parameters"])
@@ -252,6 +253,11 @@ def analyse(plan: Plan, store: Store) -> dict[str, Any]:
         "command": plan.command,
     }
     comparison["summary"] = summary(comparison)
+    if unreadable:
+        comparison["summary"].append(
+            f"{len(unreadable)} record file{'s' * (len(unreadable) > 1)} could not be read and "
+            f"{'are' if len(unreadable) > 1 else 'is'} left out: {', '.join(unreadable)}."
+        )
     return comparison
 
 
