@@ -179,3 +179,19 @@ def test_slower_cells_are_named(modules):
     text = modules.table.verdict("forward", factors)
     assert "of 4 cells normlab is faster in 1, equal within 10% in 1, slower in 2:" in text
     assert text.endswith("- layer A bf16 nchw: 3.0× the time\n- batch A fp32 nchw: 2.0× the time")
+
+
+def test_every_experiment_is_a_comparison_that_can_be_planned(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import experiments
+    import tyro
+
+    from normlab.cli import split_lists
+    from normlab.commands.compare import Compare
+
+    for name in experiments.EXPERIMENTS:
+        words = split_lists(experiments.command(name, str(tmp_path)))
+        plan = tyro.cli(Compare, args=words[1:]).plan()
+        assert plan.runs_planned >= 3 * len(plan.normalizers)
+        assert len(plan.seeds) >= 3
+        assert plan.title
