@@ -39,6 +39,14 @@ class Ic(Batch):
         return nn.functional.dropout(super().forward(x), 0.05, self.training)
 
 
+class IcConvRelu(Ic):
+    placement = "ic-conv-relu"
+
+
+class ConvReluIc(Ic):
+    placement = "conv-relu-ic"
+
+
 class Greedy(Batch):
     """Draws random numbers and holds weight layers of its own."""
 
@@ -54,6 +62,8 @@ FAKES: dict[str, Callable[..., nn.Module]] = {
     "shiftless": lambda channels: nn.GroupNorm(1, channels, affine=False),
     "fused": Fused,
     "before": Ic,
+    "ic-conv-relu": IcConvRelu,
+    "conv-relu-ic": ConvReluIc,
     "greedy": Greedy,
 }
 
@@ -66,6 +76,8 @@ LETTERS = {
     Batch: "norm",
     Fused: "fused",
     Ic: "ic",
+    IcConvRelu: "ic",
+    ConvReluIc: "ic",
 }
 
 

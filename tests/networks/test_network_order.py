@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from network_fakes import FAKES, Batch, Fused, Ic, order
+from network_fakes import FAKES, Batch, ConvReluIc, Fused, Ic, IcConvRelu, order
 from torch import nn
 
+import normlab as nl
 from normlab.networks import NetworkError, build, weight_layers
+from normlab.networks.units import placement
 
 IMAGE = (1, 12, 12)
 
@@ -22,6 +24,9 @@ ORDERS = [
     ("cnn:depth=2,width=4", Fused, "conv fused conv fused mean linear"),
     ("cnn:depth=2,width=4", Ic, "conv relu ic conv relu ic mean linear"),
     ("cnn:depth=2,width=4", nn.Identity, "conv relu conv relu mean linear"),
+    ("deep_linear:depth=3", Batch, "linear norm linear norm linear"),
+    ("deep_linear:depth=3", Fused, "linear bare linear bare linear"),
+    ("deep_linear:depth=3", Ic, "linear ic linear ic linear"),
 ]
 
 
@@ -38,6 +43,19 @@ def test_order_around_pooling():
     before = order(net("vgg11:width=2", Ic), *IMAGE)
     assert before.startswith("conv relu max ic conv relu max ic conv relu ic conv relu max ic conv")
     assert before.endswith("conv relu ic mean linear")
+
+
+@pytest.mark.parametrize("spec", ["mlp:width=8", "cnn:width=4", "vgg11:width=2", "vgg:head=vgg"])
+@pytest.mark.parametrize("rotated", [IcConvRelu, ConvReluIc])
+def test_compositions_are_one_network_without_shortcuts(spec, rotated):
+    assert order(net(spec, rotated), *IMAGE) == order(net(spec, Ic), *IMAGE)
+
+
+def test_linear_layers_of_vgg_are_normalized():
+    head = "mean linear norm relu linear norm relu linear"
+    assert order(net("vgg11:width=2,head=vgg", Batch), *IMAGE).endswith(head)
+    head = "ic mean linear relu ic linear relu ic linear"
+    assert order(net("vgg11:width=2,head=vgg", Ic), *IMAGE).endswith(head)
 
 
 def test_order_in_resnet_version_1():
@@ -69,7 +87,53 @@ def test_before_weight_gives_one_residual_order_for_both_versions(version):
     assert order(net(f"resnet8:width=2,version={version}", Ic), *IMAGE) == expected
 
 
-@pytest.mark.parametrize(("version", "norm"), [(2, Batch), (2, nn.Identity), (1, Ic), (2, Ic)])
+COMPOSITIONS = {
+    # stem, one branch, head: each branch begins after the shortcut and ends before the sum.
+    Ic: ("conv", "relu ic conv", "relu ic mean linear"),
+    IcConvRelu: ("conv relu", "ic conv relu", "ic mean linear"),
+    ConvReluIc: ("conv relu ic", "conv relu ic", "mean linear"),
+}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("norm", COMPOSITIONS)
+def test_compositions_around_a_sum(norm, version):
+    stem, unit, head = COMPOSITIONS[norm]
+    for depth, times in ((8, 2), (11, 3)):  # 6n+2 basic, 9n+2 bottleneck
+        network = net(f"resnet{depth}:width=2,version={version}", norm)
+        assert order(network, *IMAGE) == " ".join([stem, *[unit] * 3 * times, head])
+        for block in network.blocks:
+            assert order(block, block.conv1.in_channels, 6, 6) == " ".join([unit] * times)
+
+
+@pytest.mark.parametrize("norm", COMPOSITIONS)
+def test_projections_of_compositions_are_bare_convolutions(norm):
+    block = net("resnet8:width=2,shortcut=B", norm).blocks[1]
+    assert order(block.shortcut, 2, 6, 6) == "conv"
+
+
+def test_compositions_of_the_layer_itself():
+    compositions = ("relu-ic-conv", "ic-conv-relu", "conv-relu-ic")
+    for composition, fake in zip(compositions, COMPOSITIONS, strict=True):
+        real = nl.norm("ic", 2, composition=composition)
+        assert placement(real) == placement(fake(2))
+
+
+def test_order_in_bottlenecks():
+    unit = "norm relu conv "
+    assert order(net("resnet11:width=2,version=2", Batch), *IMAGE) == (
+        f"conv {unit * 9}norm relu mean linear"
+    )
+    branch = "conv norm relu conv norm relu conv norm relu "
+    assert (
+        order(net("resnet11:width=2", Batch), *IMAGE) == f"conv norm relu {branch * 3}mean linear"
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "norm"),
+    [(2, Batch), (2, nn.Identity), (1, Ic), (2, Ic), (1, IcConvRelu), (1, ConvReluIc)],
+)
 def test_shortcut_carries_the_unrectified_sum(version, norm):
     network = net(f"resnet8:width=4,version={version}", norm).eval()
     block = network.blocks[0]
@@ -97,6 +161,8 @@ SPECS = [
     "resnet8:width=2,shortcut=B",
     "resnet8:width=2,version=2",
     "resnet8:width=2,version=2,shortcut=B",
+    "resnet11:width=2,shortcut=3x3",
+    "vgg11:width=2,head=vgg",
 ]
 
 

@@ -1,5 +1,6 @@
 """Sizes, published parameter counts, gradients and initial weights."""
 
+import itertools
 import math
 
 import pytest
@@ -17,6 +18,9 @@ SPECS = [
     "resnet8:width=4,version=2",
     "resnet8:width=4,shortcut=B",
     "resnet8:width=4,version=2,shortcut=B",
+    "resnet11:width=4,shortcut=3x3",
+    "resnet11:width=4,version=2,branch=scaled",
+    "vgg11:width=4,head=vgg",
 ]
 GRAY, COLOR = (1, 28, 28), (3, 32, 32)
 
@@ -38,7 +42,7 @@ def test_logits_have_one_row_per_image(spec, kind, image_shape):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("kind", ["batch", "none", "shiftless", "fused", "before"])
+@pytest.mark.parametrize("kind", [kind for kind in FAKES if kind != "greedy"])
 def test_every_parameter_gets_a_gradient(spec, kind):
     network = net(spec, FAKES[kind])
     network(torch.randn(4, *GRAY)).square().sum().backward()
@@ -87,10 +91,26 @@ def test_mlp_has_the_asked_sizes():
 )
 def test_resnet_sizes_of_table_6(depth, millions):
     # Table 6 of 1512.03385, 10 classes, shortcut A; the paper's digits decide the rounding.
-    torch.manual_seed(0)
-    network = build(f"resnet{depth}", nn.BatchNorm2d, classes=10, image_shape=COLOR)
-    found = sum(p.numel() for p in network.parameters()) / 1e6
+    found = size(f"resnet{depth}", nn.BatchNorm2d) / 1e6
     assert round(found, 1 if depth == 110 else 2) == millions
+
+
+def size(spec, norm):
+    network = build(spec, norm, classes=10, image_shape=COLOR)
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("options", ["version=1", "version=2", "version=2,shortcut=B"])
+def test_size_of_resnet_164(options):
+    # 1.7M in Table 4 of 1603.05027.
+    assert round(size(f"resnet164:{options}", nn.BatchNorm2d) / 1e6, 1) == 1.7
+
+
+def test_size_of_vgg_a_on_cifar():
+    # Convolutions with biases, and linear layers 512 → 512 → 512 → 10, counted by hand.
+    widths = [3, 64, 128, 256, 256, 512, 512, 512, 512]
+    convolutions = sum((9 * c + 1) * d for c, d in itertools.pairwise(widths))
+    assert size("vgg11:head=vgg", nn.Identity) == convolutions + 2 * 512 * 513 + 10 * 513
 
 
 def test_pad_shortcut_keeps_every_second_pixel():

@@ -5,28 +5,35 @@ A spec names the network (``"resnet20"``, ``"cnn:depth=10,width=8"``, ``"my.modu
 """
 
 from .cnn import CnnPlan
+from .deep_linear import DeepLinearPlan, deep_linear_task
 from .imported import source_digest
 from .mlp import MlpPlan
 from .plan import ImageShape, NetworkError, NormFactory, Plan
 from .resnet import ResNetPlan
+from .shift import Shift, variance_shift
 from .spec import build, describe, names, parse
 from .vgg import VggPlan
-from .weights import align, weight_layers
+from .weights import align, initialize, weight_layers
 
 __all__ = [
     "CnnPlan",
+    "DeepLinearPlan",
     "ImageShape",
     "MlpPlan",
     "NetworkError",
     "NormFactory",
     "Plan",
     "ResNetPlan",
+    "Shift",
     "VggPlan",
     "align",
     "build",
+    "deep_linear_task",
     "describe",
+    "initialize",
     "names",
     "parse",
     "source_digest",
+    "variance_shift",
     "weight_layers",
 ]

@@ -14,7 +14,7 @@ from .units import needs_bias, stage
 
 @dataclass(frozen=True, kw_only=True)
 class MlpPlan:
-    """Perceptron with hidden layers of equal width.
+    """Perceptron with hidden layers of equal width; normalizers see ``(N, width)``.
 
     Args:
         depth: number of hidden layers.
@@ -41,19 +41,7 @@ class MlpPlan:
         return f"MLP, {self.depth} hidden layer{plural}, width {self.width}"
 
     def assemble(self, norm: NormFactory, *, classes: int, image_shape: ImageShape) -> nn.Module:
-        """Build the network: ``linear1 unit1 … head``.
-
-        Args:
-            norm: the normalizer's factory; its layers see ``(N, width)``.
-            classes: K.
-            image_shape: C, H, W.
-
-        Returns:
-            The network, with torch's initial weights.
-
-        Shape:
-            ``(N, C, H, W) -> (N, K)``
-        """
+        """Build the network ``flatten linear1 unit1 … head``; see `Plan`."""
         layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         inputs = prod(image_shape)
         for i in range(1, self.depth + 1):

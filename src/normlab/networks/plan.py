@@ -19,10 +19,27 @@ class NetworkError(ValueError):
 
 
 class Plan(Protocol):
-    """An architecture with its options; a frozen dataclass whose fields are the options."""
+    """An architecture with its options; a frozen dataclass whose fields are the options.
+
+    The type of a field's default (int, float, bool or str) decides how a spec's text is read. A
+    plan whose weights do not start as `initialize` has them also defines
+    ``initialize(network, generator)``.
+    """
 
     def assemble(self, norm: NormFactory, *, classes: int, image_shape: ImageShape) -> nn.Module:
-        """Put the layers together, with the weights torch gives them."""
+        """Put the layers together, with the weights torch gives them.
+
+        Args:
+            norm: the normalizer's factory.
+            classes: K.
+            image_shape: C, H, W.
+
+        Returns:
+            The network.
+
+        Shape:
+            of the network: ``(N, C, H, W) -> (N, K)``
+        """
 
     def describe(self) -> str:
         """Say in a few words what is built."""

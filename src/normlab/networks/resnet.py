@@ -1,97 +1,25 @@
 """Residual networks of CIFAR type: post-activation (1512.03385) and pre-activation (1603.05027).
 
-One block serves all orders, because every part but the two convolutions may be absent:
-
-    version 1       conv → [norm ReLU] → conv → norm → (+ shortcut) → ReLU
-    version 2       [norm ReLU] → conv → [norm ReLU] → conv → (+ shortcut)
-    before_weight   [ReLU norm] → conv → [ReLU norm] → conv → (+ shortcut)
-
-A before_weight normalizer (IC layer, 1905.05928) leads to the last order for both versions. In
-the last two the shortcut carries the sum as it is, neither normalized nor rectified.
+A before_weight normalizer (IC layer, 1905.05928) leads to its own wiring for both versions; see
+`residual` for all of them. The stem ends like a branch, and the head begins like one.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from torch.nn.functional import pad
 
 from .plan import ImageShape, NetworkError, NormFactory, check_choice, check_size
-from .units import bare, classifier, conv, goes_before_weight, make, stage
+from .residual import Block, after_branch, before_branch, wiring
+from .scaling import Scale, SkipInit, expected_variances
+from .units import classifier, conv, stage
 
-
-class PadShortcut(nn.Module):
-    """Option A of 1512.03385: every second pixel, and zeros for the additional channels.
-
-    Args:
-        additional: number of channels to add.
-
-    Shape:
-        ``(N, C, H, W) -> (N, C + additional, ⌈H/2⌉, ⌈W/2⌉)``
-
-    Example:
-        >>> PadShortcut(3)(torch.ones(1, 2, 5, 5)).sum(dim=(0, 2, 3))
-        tensor([9., 9., 0., 0., 0.])
-    """
-
-    def __init__(self, additional: int) -> None:
-        super().__init__()
-        self.additional = additional
-
-    def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
-        """Subsample and pad."""
-        return pad(x_NCHW[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.additional))
-
-    def extra_repr(self) -> str:
-        """The channels added."""
-        return f"additional={self.additional}"
-
-
-class Block(nn.Module):
-    """Basic residual block of two 3×3 convolutions.
-
-    Args:
-        norm: the normalizer's factory.
-        inputs: channels C.
-        outputs: channels D; where it differs from C, the block halves the maps.
-        preactivated: whether normalizer and activation stand before the convolutions.
-        shortcut: ``"A"`` or ``"B"``, for blocks that halve the maps.
-
-    Shape:
-        ``(N, C, H, W) -> (N, D, H, W)`` or ``(N, D, ⌈H/2⌉, ⌈W/2⌉)``
-    """
-
-    def __init__(
-        self, norm: NormFactory, inputs: int, outputs: int, *, preactivated: bool, shortcut: str
-    ) -> None:
-        super().__init__()
-        between = stage(norm, outputs)
-        stride = 1 if inputs == outputs else 2
-        # The sum of a pre-activated block is read by stages like `between` alone (of the next
-        # blocks, and the last one), so a bias before the sum is needed only where they lack one.
-        reader = between if preactivated else bare(norm, outputs)
-        self.before = stage(norm, inputs) if preactivated else nn.Identity()
-        self.conv1 = conv(inputs, outputs, followed_by=between, stride=stride)
-        self.between = between
-        self.conv2 = conv(outputs, outputs, followed_by=reader)
-        self.after = nn.Identity() if preactivated else reader
-        self.shortcut: nn.Module = nn.Identity()
-        if stride == 2 and shortcut == "A":
-            self.shortcut = PadShortcut(outputs - inputs)
-        elif stride == 2:
-            project = conv(inputs, outputs, followed_by=reader, stride=2, kernel=1)
-            after = nn.Identity() if preactivated else bare(norm, outputs)
-            self.shortcut = nn.Sequential(OrderedDict(conv=project, after=after))
-        self.join = nn.Identity() if preactivated else nn.ReLU()
-
-    def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
-        """Add the branch to the shortcut."""
-        branch = self.conv2(self.between(self.conv1(self.before(x_NCHW))))
-        joined: torch.Tensor = self.join(self.after(branch) + self.shortcut(x_NCHW))
-        return joined
+# Weight layers of one block of each group: the depth is this times n, and 2.
+_PERIODS = {"basic": 6, "bottleneck": 9}
+_SHORTCUTS = {"A": "", "B": ", 1×1 shortcuts", "3x3": ", 3×3 shortcuts"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,70 +27,156 @@ class ResNetPlan:
     """Residual network with three groups of n blocks of width w, 2w, 4w.
 
     Args:
-        depth: weight layers, 6n + 2: the first convolution, 2n in each group, the head.
-        width: channels w of the first group.
+        depth: weight layers: the first convolution, 2n in each group (6n + 2 in all) or, with
+            bottlenecks, 3n (9n + 2), and the head.
+        width: channels w of the first group. With bottlenecks, that of their inner convolutions;
+            the groups are then 4w, 8w, 16w wide.
         version: 1 (post-activation) or 2 (pre-activation).
-        shortcut: where the maps are halved, ``"A"`` (subsample and pad with zeros, as the paper
-            does on CIFAR) or ``"B"`` (1×1 convolution of stride 2).
+        shortcut: where a block changes the shape, ``"A"`` (subsample and pad with zeros, as the
+            paper does on CIFAR), ``"B"`` (1×1 convolution) or ``"3x3"`` (3×3 convolution, as in
+            2106.05956).
+        block: ``"basic"``, ``"bottleneck"``, or ``"auto"``: the one that fits the depth; where both
+            do, basic up to 110 and bottleneck beyond, as the papers have it (110, 164).
+        branch: ``"plain"``, h + f(h); ``"skipinit"``, h + α·f(h) with a learned scalar α, at first
+            0 (2002.10444); or ``"scaled"``, h + α·f(h/√v) with the expected variance v of h
+            (2101.08692). v grows by α² a block and starts again at 1 where the shape changes; it
+            is that of version 2 with weights that keep variance and a projection shortcut.
+        alpha: α of scaled branches.
 
     Raises:
-        NetworkError: a depth that is not 6n + 2, or another option outside its range.
+        NetworkError: a depth that is not 6n + 2 (9n + 2), another option outside its range, scaled
+            branches in version 1, or an α for branches that are not scaled.
 
     Example:
         >>> ResNetPlan(depth=8, width=8, version=2).describe()
         'ResNet-8, width 8, pre-activation'
+        >>> ResNetPlan(depth=164, version=2).describe()
+        'ResNet-164, width 16, pre-activation, bottlenecks'
     """
 
     depth: int = 20
     width: int = 16
     version: int = 1
     shortcut: str = "A"
+    block: str = "auto"
+    branch: str = "plain"
+    alpha: float = 0.2
 
     def __post_init__(self) -> None:
         check_size("resnet", "depth", self.depth)
-        if self.depth < 8 or self.depth % 6 != 2:
-            lower = self.depth - (self.depth - 2) % 6
-            near = "8" if lower < 8 else f"{lower} and {lower + 6}"
-            raise NetworkError(
-                f"resnet: depth must be 6n+2 with n ≥ 1; received {self.depth}, nearest: {near}"
-            )
+        check_choice("resnet", "block", self.block, ("auto", *_PERIODS))
+        self._check_depth()
         check_size("resnet", "width", self.width)
         check_choice("resnet", "version", self.version, (1, 2))
-        check_choice("resnet", "shortcut", self.shortcut, ("A", "B"))
+        check_choice("resnet", "shortcut", self.shortcut, tuple(_SHORTCUTS))
+        check_choice("resnet", "branch", self.branch, ("plain", "skipinit", "scaled"))
+        if self.branch == "scaled" and self.version == 1:
+            raise NetworkError(
+                "resnet: branch=scaled counts the variance of sums that no ReLU has cut; received "
+                "version=1, add version=2"
+            )
+        if not 0 < self.alpha < math.inf:
+            raise NetworkError(f"resnet: alpha must be positive and finite; received {self.alpha}")
+        if self.branch != "scaled" and self.alpha != ResNetPlan.alpha:
+            raise NetworkError(
+                f"resnet: alpha belongs to branch=scaled; received alpha={self.alpha} with "
+                f"branch={self.branch}"
+            )
+
+    def _check_depth(self) -> None:
+        """Refuse a depth of which no network of the wanted blocks is made."""
+        periods = [p for name, p in _PERIODS.items() if self.block in ("auto", name)]
+        if any(self.depth > p and self.depth % p == 2 for p in periods):
+            return
+        rule = " or, with bottlenecks, ".join(f"{p}n+2" for p in periods)
+        below = [self.depth - (self.depth - 2) % p for p in periods]
+        above = min(max(low, 2) + p for low, p in zip(below, periods, strict=True))
+        lower = max((low for low, p in zip(below, periods, strict=True) if low > p), default=0)
+        near = f"{lower} and {above}" if lower else f"{above}"
+        raise NetworkError(
+            f"resnet: depth must be {rule} with n ≥ 1; received {self.depth}, nearest: {near}"
+        )
+
+    @property
+    def bottleneck(self) -> bool:
+        """Whether blocks are bottlenecks."""
+        if self.block != "auto":
+            return self.block == "bottleneck"
+        # Both fit 20, 38, 56, …, 110, 128, …, 164: published are 110 as basic, 164 as bottleneck.
+        return self.depth % 9 == 2 and (self.depth > 110 or self.depth % 6 != 2)
 
     def describe(self) -> str:
-        """Depth, width, order and, where it is not the default, the shortcut."""
+        """Depth, width, order and whatever is not the default."""
         order = "post-activation" if self.version == 1 else "pre-activation"
-        shortcut = ", 1×1 shortcuts" if self.shortcut == "B" else ""
-        return f"ResNet-{self.depth}, width {self.width}, {order}{shortcut}"
+        blocks = ", bottlenecks" if self.bottleneck else ""
+        branch = {
+            "plain": "",
+            "skipinit": ", SkipInit",
+            "scaled": f", branches scaled by {self.alpha:g}",
+        }[self.branch]
+        return (
+            f"ResNet-{self.depth}, width {self.width}, {order}"
+            f"{blocks}{_SHORTCUTS[self.shortcut]}{branch}"
+        )
+
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Channels in, channels out and stride of each block.
+
+        Example:
+            >>> ResNetPlan(depth=14).shapes()[:3]
+            [(16, 16, 1), (16, 16, 1), (16, 32, 2)]
+        """
+        n = self.depth // _PERIODS["bottleneck" if self.bottleneck else "basic"]
+        outputs = [
+            (4 if self.bottleneck else 1) * self.width << group
+            for group in range(3)
+            for _ in range(n)
+        ]
+        inputs = [self.width, *outputs[:-1]]
+        return [
+            (before, after, 2 if i and i % n == 0 else 1)
+            for i, (before, after) in enumerate(zip(inputs, outputs, strict=True))
+        ]
+
+    def _block(
+        self, norm: NormFactory, wired: str, shape: tuple[int, int, int], variance: float
+    ) -> Block:
+        """One block, given the expected variance of its input."""
+        inputs, outputs, stride = shape
+        scaled = self.branch == "scaled"
+        scale = Scale(self.alpha) if scaled else SkipInit() if self.branch == "skipinit" else None
+        return Block(
+            norm,
+            inputs,
+            outputs,
+            stride=stride,
+            wired=wired,
+            shortcut=self.shortcut,
+            bottleneck=self.bottleneck,
+            scale=scale,
+            beta=variance**-0.5 if scaled else 1.0,
+        )
 
     def assemble(self, norm: NormFactory, *, classes: int, image_shape: ImageShape) -> nn.Module:
-        """Build the network: ``stem first blocks last pool flatten head``.
-
-        Args:
-            norm: the normalizer's factory.
-            classes: K.
-            image_shape: C, H, W.
-
-        Returns:
-            The network, with torch's initial weights.
-
-        Shape:
-            ``(N, C, H, W) -> (N, K)``
-        """
-        preactivated = self.version == 2 or goes_before_weight(make(norm, self.width))
-        widths = [self.width << group for group in range(3) for _ in range((self.depth - 2) // 6)]
-        blocks = nn.Sequential()
-        for inputs, outputs in zip([self.width, *widths], widths, strict=False):
-            blocks.append(
-                Block(norm, inputs, outputs, preactivated=preactivated, shortcut=self.shortcut)
+        """Build the network ``stem first blocks last pool flatten head``; see `Plan`."""
+        wired = wiring(norm, self.width, version=self.version)
+        shapes = self.shapes()
+        changes = [inputs != outputs or stride != 1 for inputs, outputs, stride in shapes]
+        blocks = nn.Sequential(
+            *(
+                self._block(norm, wired, shape, variance)
+                for shape, variance in zip(
+                    shapes, expected_variances(changes, self.alpha), strict=True
+                )
             )
-        # Without `first`, the stem's output is read by stages like the one of the first block.
-        first = stage(norm, self.width)
-        layers: OrderedDict[str, nn.Module] = OrderedDict(
-            stem=conv(image_shape[0], self.width, followed_by=first),
-            first=nn.Identity() if preactivated else first,
-            blocks=blocks,
-            last=stage(norm, widths[-1]) if preactivated else nn.Identity(),
         )
-        return nn.Sequential(layers | classifier(widths[-1], classes))
+        # Without layers of its own, the stem's output is read by stages like this one.
+        reader = stage(norm, self.width)
+        width = shapes[-1][1]
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            stem=conv(image_shape[0], self.width, followed_by=reader),
+            first=reader if wired == "post" else after_branch(norm, self.width, wired),
+            blocks=blocks,
+            last=before_branch(norm, width, wired),
+        )
+        return nn.Sequential(layers | classifier(width, classes))

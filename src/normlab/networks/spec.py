@@ -18,17 +18,20 @@ from torch import nn
 
 from . import imported
 from .cnn import CnnPlan
+from .deep_linear import DeepLinearPlan
 from .mlp import MlpPlan
 from .plan import ImageShape, NetworkError, NormFactory, Plan, check_size
 from .resnet import ResNetPlan
 from .vgg import VggPlan
 from .weights import initialize
 
-_PLANS: dict[str, type[MlpPlan | CnnPlan | VggPlan | ResNetPlan]] = {
+# Every network that a spec can name: register a new one here, a frozen dataclass that is a `Plan`.
+_PLANS: dict[str, type[Any]] = {
     "mlp": MlpPlan,
     "cnn": CnnPlan,
     "vgg": VggPlan,
     "resnet": ResNetPlan,
+    "deep_linear": DeepLinearPlan,
 }
 
 
@@ -36,11 +39,11 @@ def names() -> list[str]:
     """Names of the known networks.
 
     Returns:
-        The names, simplest network first.
+        The names.
 
     Example:
         >>> names()
-        ['mlp', 'cnn', 'vgg', 'resnet']
+        ['mlp', 'cnn', 'vgg', 'resnet', ...]
     """
     return list(_PLANS)
 
@@ -88,7 +91,8 @@ def build(spec: str, norm: NormFactory, *, classes: int, image_shape: ImageShape
     seed = int(torch.randint(2**62, (), device="cpu"))
     with torch.random.fork_rng(devices=[]):
         network = plan.assemble(norm, classes=classes, image_shape=image_shape)
-    initialize(network, torch.Generator("cpu").manual_seed(seed))
+    start = getattr(plan, "initialize", initialize)
+    start(network, torch.Generator("cpu").manual_seed(seed))
     return network
 
 
@@ -126,12 +130,12 @@ def parse(spec: str) -> Plan | None:
 
     Example:
         >>> parse("vgg13:width=16")
-        VggPlan(depth=13, width=16)
+        VggPlan(depth=13, width=16, head='linear')
     """
     if not isinstance(spec, str):
         raise NetworkError(f"a network's spec must be a string, received {type(spec).__name__}")
     head, colon, tail = (part.strip() for part in spec.partition(":"))
-    match = re.fullmatch(r"([a-zA-Z]+)([0-9]*)", head)
+    match = re.fullmatch(r"([a-zA-Z_]+)([0-9]*)", head)
     name, depth = match.groups() if match else (head, "")
     if name not in _PLANS:
         if not colon or "=" in tail or not tail:
@@ -145,9 +149,10 @@ def parse(spec: str) -> Plan | None:
             raise NetworkError(
                 f"{spec!r}: {name} has no option {option!r}; its options are {', '.join(fields)}"
             )
-    return _PLANS[name](
+    plan: Plan = _PLANS[name](
         **{option: _value(name, option, text, fields[option]) for option, text in given.items()}
     )
+    return plan
 
 
 def _options(spec: str, pairs: list[str]) -> dict[str, str]:
@@ -165,14 +170,24 @@ def _options(spec: str, pairs: list[str]) -> dict[str, str]:
     return given
 
 
+# float() and int() would also take "1_0", "nan" and digits of other scripts.
+_NUMBERS = {int: r"[+-]?[0-9]+", float: r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}
+_BOOLS = {"true": True, "false": False}
+
+
 def _value(name: str, option: str, text: str, default: object) -> Any:
     """Turn an option's text into the type of its default."""
-    if not isinstance(default, int):
-        return text
-    # int() would also take "1_0" and digits of other scripts.
-    if not re.fullmatch(r"[+-]?[0-9]+", text):
-        raise NetworkError(f"{name}: {option} must be a whole number; received {text!r}")
-    return int(text)
+    if isinstance(default, bool):  # before int, which it is to Python
+        if text.lower() not in _BOOLS:
+            raise NetworkError(f"{name}: {option} must be true or false; received {text!r}")
+        return _BOOLS[text.lower()]
+    for kind, pattern in _NUMBERS.items():
+        if isinstance(default, kind):
+            if not re.fullmatch(pattern, text):
+                noun = "whole number" if kind is int else "number"
+                raise NetworkError(f"{name}: {option} must be a {noun}; received {text!r}")
+            return kind(text)
+    return text
 
 
 def _unknown(head: str) -> str:

@@ -8,8 +8,13 @@ a weight layer and makes it ready for the next one:
     before_weight (IC layer, 1905.05928)         conv → [ReLU → pool → norm] → conv
 
 Two attributes of a built layer decide, both optional: ``activation`` (not None where the layer
-contains its activation) and ``placement`` (``"after_weight"`` or ``"before_weight"``). Whether it
-has a ``bias`` of its own decides the bias of the weight layer before it.
+contains its activation) and ``placement`` (one of `PLACEMENTS`). Whether it has a ``bias`` of its
+own decides the bias of the weight layer before it.
+
+``"ic-conv-relu"`` and ``"conv-relu-ic"`` are before_weight as well. The compositions of IC layers
+are rotations of one cycle ReLU → IC → conv, so in a chain of layers they are the same network:
+neither the image nor the pooled features get an IC layer of their own. They differ where a
+residual sum cuts the cycle; see `residual`.
 
 The normalizer always stands under the name ``norm`` and weight layers never stand below that
 name: so weight layers are called the same whatever the normalizer, and initialization can tell
@@ -24,7 +29,7 @@ from torch import nn
 
 from .plan import NetworkError, NormFactory
 
-PLACEMENTS = ("after_weight", "before_weight")
+PLACEMENTS = ("after_weight", "before_weight", "ic-conv-relu", "conv-relu-ic")
 
 
 def make(norm: NormFactory, channels: int, **options: object) -> nn.Module:
@@ -50,6 +55,26 @@ def make(norm: NormFactory, channels: int, **options: object) -> nn.Module:
     return layer
 
 
+def placement(layer: nn.Module) -> str:
+    """Tell where a normalizer belongs.
+
+    Args:
+        layer: a built normalizer.
+
+    Returns:
+        Its ``placement``, ``"after_weight"`` where it has none.
+
+    Raises:
+        NetworkError: the attribute is none of `PLACEMENTS`.
+    """
+    where = getattr(layer, "placement", "after_weight")
+    if where not in PLACEMENTS:
+        raise NetworkError(
+            f"{type(layer).__name__}.placement must be one of {PLACEMENTS}, received {where!r}"
+        )
+    return str(where)
+
+
 def goes_before_weight(layer: nn.Module) -> bool:
     """Tell whether a normalizer belongs immediately before a weight layer.
 
@@ -57,17 +82,28 @@ def goes_before_weight(layer: nn.Module) -> bool:
         layer: a built normalizer.
 
     Returns:
-        True for ``placement == "before_weight"``; layers without the attribute are after_weight.
+        False for ``"after_weight"``, True for the other placements.
 
     Raises:
-        NetworkError: the attribute holds something else.
+        NetworkError: the placement is none of `PLACEMENTS`.
     """
-    placement = getattr(layer, "placement", "after_weight")
-    if placement not in PLACEMENTS:
-        raise NetworkError(
-            f"{type(layer).__name__}.placement must be one of {PLACEMENTS}, received {placement!r}"
-        )
-    return bool(placement == "before_weight")
+    return placement(layer) != "after_weight"
+
+
+def act(layer: nn.Module) -> dict[str, nn.Module]:
+    """The activation that a normalizer needs beside it.
+
+    Args:
+        layer: a built normalizer.
+
+    Returns:
+        A ReLU under the name ``act``; nothing where the layer contains its activation.
+    """
+    if getattr(layer, "activation", None) is not None:
+        return {}
+    # Never in place: without a normalizer this would rectify the shortcut's tensor as well, and a
+    # normalizer may have saved its output for the backward pass.
+    return {"act": nn.ReLU()}
 
 
 def stage(norm: NormFactory, channels: int, pool: nn.Module | None = None) -> nn.Sequential:
@@ -90,11 +126,7 @@ def stage(norm: NormFactory, channels: int, pool: nn.Module | None = None) -> nn
         ['norm', 'act', 'pool']
     """
     layer = make(norm, channels)
-    rest: OrderedDict[str, nn.Module] = OrderedDict()
-    if getattr(layer, "activation", None) is None:
-        # Never in place: without a normalizer this would rectify the shortcut's tensor as well,
-        # and a normalizer may have saved its output for the backward pass.
-        rest["act"] = nn.ReLU()
+    rest: OrderedDict[str, nn.Module] = OrderedDict(act(layer))
     if pool is not None:
         rest["pool"] = pool
     here = OrderedDict(norm=layer)

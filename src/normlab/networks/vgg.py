@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .plan import ImageShape, NormFactory, check_choice, check_size
-from .units import classifier, conv, stage
+from .units import classifier, conv, needs_bias, stage
 
 # Convolutions in each of the five groups: columns A, B, D, E of Table 1 of 1409.1556.
 GROUPS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -19,11 +19,15 @@ class VggPlan:
     """Five groups of 3×3 convolutions of width w, 2w, 4w, 8w, 8w, a 2×2 max pooling after each.
 
     Args:
-        depth: 11, 13, 16 or 19. It counts the paper's three linear layers, of which one is left.
+        depth: 11, 13, 16 or 19. It counts the paper's three linear layers.
         width: channels w of the first group.
+        head: ``"linear"`` for one linear layer, ``"vgg"`` for three, of width 8w, with normalizers
+            after the first two. VGG-11 with the latter is the VGG-A on CIFAR-10 with which the
+            study of 1805.11604 is reproduced.
 
     Raises:
-        NetworkError: there is no VGG of this depth, or the width is no whole number of at least 1.
+        NetworkError: there is no VGG of this depth or head, or the width is no whole number of at
+            least 1.
 
     Example:
         >>> VggPlan(depth=13, width=16).describe()
@@ -32,30 +36,23 @@ class VggPlan:
 
     depth: int = 11
     width: int = 64
+    head: str = "linear"
 
     def __post_init__(self) -> None:
         check_choice("vgg", "depth", self.depth, tuple(GROUPS))
         check_size("vgg", "width", self.width)
+        check_choice("vgg", "head", self.head, ("linear", "vgg"))
 
     def describe(self) -> str:
-        """Name and width."""
-        return f"VGG-{self.depth}, width {self.width}"
+        """Name, width and, where it is not the default, the head."""
+        head = ", three linear layers" if self.head == "vgg" else ""
+        return f"VGG-{self.depth}, width {self.width}{head}"
 
     def assemble(self, norm: NormFactory, *, classes: int, image_shape: ImageShape) -> nn.Module:
-        """Build the network: ``conv1 unit1 conv2 unit2 … pool flatten head``.
+        """Build the network ``conv1 unit1 conv2 unit2 … pool flatten head``; see `Plan`.
 
-        A pooling for which the maps are too small is left out, so 28×28 has four, 32×32 five.
-
-        Args:
-            norm: the normalizer's factory.
-            classes: K.
-            image_shape: C, H, W.
-
-        Returns:
-            The network, with torch's initial weights.
-
-        Shape:
-            ``(N, C, H, W) -> (N, K)``
+        A pooling for which the maps are too small is left out, so 28×28 has four, 32×32 five. The
+        three linear layers are ``linear1 stage1 linear2 stage2 head``.
         """
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         inputs, side = image_shape[0], min(image_shape[1:])
@@ -70,4 +67,12 @@ class VggPlan:
                 layers[f"unit{i}"] = unit
                 inputs = outputs
             side = side // 2 if side >= 2 else side
-        return nn.Sequential(layers | classifier(inputs, classes))
+        layers |= classifier(inputs, classes)
+        if self.head == "vgg":
+            last = layers.pop("head")
+            for i in (1, 2):
+                unit = stage(norm, inputs)
+                layers[f"linear{i}"] = nn.Linear(inputs, inputs, bias=needs_bias(unit))
+                layers[f"stage{i}"] = unit
+            layers["head"] = last
+        return nn.Sequential(layers)
