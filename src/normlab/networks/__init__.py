@@ -6,6 +6,7 @@ A spec names the network (``"resnet20"``, ``"cnn:depth=10,width=8"``, ``"my.modu
 
 from .cnn import CnnPlan
 from .deep_linear import DeepLinearPlan, deep_linear_task
+from .gpt import Gpt
 from .imported import source_digest
 from .mlp import MlpPlan
 from .plan import ImageShape, NetworkError, NormFactory, Plan
@@ -13,11 +14,13 @@ from .resnet import ResNetPlan
 from .shift import Shift, variance_shift
 from .spec import build, describe, names, parse
 from .vgg import VggPlan
+from .vit import VitPlan
 from .weights import align, initialize, weight_layers
 
 __all__ = [
     "CnnPlan",
     "DeepLinearPlan",
+    "Gpt",
     "ImageShape",
     "MlpPlan",
     "NetworkError",
@@ -26,6 +29,7 @@ __all__ = [
     "ResNetPlan",
     "Shift",
     "VggPlan",
+    "VitPlan",
     "align",
     "build",
     "deep_linear_task",

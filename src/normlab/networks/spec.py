@@ -23,6 +23,7 @@ from .mlp import MlpPlan
 from .plan import ImageShape, NetworkError, NormFactory, Plan, check_size
 from .resnet import ResNetPlan
 from .vgg import VggPlan
+from .vit import VitPlan
 from .weights import initialize
 
 # Every network that a spec can name: register a new one here, a frozen dataclass that is a `Plan`.
@@ -32,6 +33,7 @@ _PLANS: dict[str, type[Any]] = {
     "vgg": VggPlan,
     "resnet": ResNetPlan,
     "deep_linear": DeepLinearPlan,
+    "vit": VitPlan,
 }
 
 

@@ -1,0 +1,58 @@
+"""Transforms that rewrite each parameter's gradient by itself, unit by unit."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Set
+
+import torch
+from torch import Tensor, nn
+
+from normlab.gradients.transform import Transform
+from normlab.gradients.units import Owned
+
+
+class PerUnit(Transform):
+    """Abstract: rewrites each parameter's gradient by itself, as a matrix of one row per unit.
+
+    A gradient with NaN or infinity stays as it is. A sparse one is rewritten where its rows are
+    the units, and stays as it is elsewhere.
+    """
+
+    def __init__(self, chosen: list[Owned]) -> None:
+        super().__init__()
+        self._chosen = [o for o in chosen if o.parameter.numel()]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that it acts on, by name."""
+        return {o.name: o.parameter for o in self._chosen}
+
+    @abstractmethod
+    def rewrite_rows(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """(units, members) of the gradient and of the parameter → the gradient's new rows."""
+
+    def rewrite(self, held: Set[int]) -> None:
+        """Rewrite each gradient in place (a sparse one is replaced)."""
+        for o in self._chosen:
+            g, p = o.parameter.grad, o.parameter
+            if g is None or id(p) not in held:
+                continue
+            if g.is_sparse:
+                if o.units.axes == (0,) and g.sparse_dim() == 1:
+                    p.grad = self._sparse(g.coalesce(), p)
+                continue
+            g.copy_(o.units.back(self._checked(o.units.rows(g), o.units.rows(p)), g))
+
+    def _sparse(self, g: Tensor, p: Tensor) -> Tensor:
+        """Rewrite the rows that there are."""
+        weight = p[g.indices()[0]]
+        values = self._checked(g.values().flatten(1), weight.flatten(1)).reshape(weight.shape)
+        return torch.sparse_coo_tensor(
+            g.indices(), values, g.shape, is_coalesced=True, check_invariants=False
+        )
+
+    def _checked(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """Compute in float32 at least; keep a gradient that is not finite."""
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        new = self.rewrite_rows(gradient.to(dtype), weight.to(dtype)).to(gradient.dtype)
+        return torch.where(gradient.isfinite().all(), new, gradient)
