@@ -9,10 +9,63 @@ from torch import Tensor, nn
 
 from normlab.core.card import Card
 from normlab.core.checks import check_channels, check_input
-from normlab.kernels.squash import squash
+from normlab.kernels.squash import Function, squash
 
 
-class DynamicTanh(nn.Module):
+class Squashing(nn.Module):
+    """Abstract: y = γ·f(α·x + s) + β with a scalar α and, in some methods, a scalar s.
+
+    Args:
+        num_channels: C.
+        alpha: Initial α.
+        affine: Whether there are γ and β.
+        function: f, ``"tanh"`` or ``"erf"``.
+        shift: Initial s; None for a method without.
+        channel_dim: 1, or −1 for (…, C).
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    shift: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_channels: int,
+        alpha: float,
+        affine: bool,
+        *,
+        function: Function,
+        shift: float | None,
+        channel_dim: int,
+    ) -> None:
+        super().__init__()
+        check_channels(num_channels, channel_dim)
+        self.num_channels, self.channel_dim, self.function = num_channels, channel_dim, function
+        self.initial_alpha, self.initial_shift = alpha, shift
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        self.shift = None if shift is None else nn.Parameter(torch.tensor(float(shift)))
+        self.weight = nn.Parameter(torch.ones(num_channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_channels)) if affine else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Squash x; a mask only sets the positions where it is false to 0."""
+        check_input(self, x, mask, self.num_channels, self.channel_dim)
+        shape = [1] * x.ndim
+        shape[self.channel_dim] = -1
+        weight, bias = (None if p is None else p.view(shape) for p in (self.weight, self.bias))
+        padding = None if mask is None else ~mask.unsqueeze(self.channel_dim)
+        # Before as well: NaN in the padding must not reach the gradients of α and γ.
+        x = x if padding is None else x.masked_fill(padding, 0)
+        y = squash(x, self.alpha, weight, bias, shift=self.shift, function=self.function)
+        return y if padding is None else y.masked_fill(padding, 0)
+
+    def extra_repr(self) -> str:
+        """Print the options."""
+        shift = "" if self.initial_shift is None else f", shift={self.initial_shift}"
+        return f"{self.num_channels}, alpha={self.initial_alpha}{shift}"
+
+
+class DynamicTanh(Squashing):
     """y = γ·tanh(α·x) + β: no statistics, so that every element stands alone.
 
     α is one learned number, γ and β are per channel. Source: Zhu, Chen, He, LeCun & Liu 2025,
@@ -35,35 +88,12 @@ class DynamicTanh(nn.Module):
         DynamicTanh(8, alpha=0.5)
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-
     def __init__(
         self, num_channels: int, alpha: float = 0.5, affine: bool = True, *, channel_dim: int = 1
     ) -> None:
-        super().__init__()
-        check_channels(num_channels, channel_dim)
-        self.num_channels, self.initial_alpha, self.channel_dim = num_channels, alpha, channel_dim
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
-        self.weight = nn.Parameter(torch.ones(num_channels)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_channels)) if affine else None
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Squash x; a mask only sets the positions where it is false to 0."""
-        check_input(self, x, mask, self.num_channels, self.channel_dim)
-        shape = [1] * x.ndim
-        shape[self.channel_dim] = -1
-        weight, bias = (None if p is None else p.view(shape) for p in (self.weight, self.bias))
-        if mask is None:
-            return squash(x, self.alpha, weight, bias)
-        padding = ~mask.unsqueeze(self.channel_dim)
-        # Before as well: NaN in the padding must not reach the gradients of α and γ.
-        y = squash(x.masked_fill(padding, 0), self.alpha, weight, bias)
-        return y.masked_fill(padding, 0)
-
-    def extra_repr(self) -> str:
-        """Print the options."""
-        return f"{self.num_channels}, alpha={self.initial_alpha}"
+        super().__init__(
+            num_channels, alpha, affine, function="tanh", shift=None, channel_dim=channel_dim
+        )
 
 
 def reference(x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Literal
 
 from torch import Tensor
 
@@ -11,16 +11,24 @@ from normlab.activations import batch
 from normlab.core.card import Card
 from normlab.core.layer import Normalize
 from normlab.core.operation import Standardize
-from normlab.core.recovery import Affine
+from normlab.core.recovery import Affine, Drop
 from normlab.core.statistics import Running
+
+Composition = Literal["relu-ic-conv", "ic-conv-relu", "conv-relu-ic"]
+_PLACEMENTS: dict[str, str] = {
+    "relu-ic-conv": "before_weight",
+    "ic-conv-relu": "ic-conv-relu",
+    "conv-relu-ic": "conv-relu-ic",
+}
 
 
 class IndependentComponent(Normalize):
     """y = dropout(γ·(x − μ_c)/√(σ²_c + ε) + β), to stand immediately before a weight layer.
 
-    Blocks read … → ReLU → IC → Conv, never Conv → IC → ReLU. With gates that are kept with
-    probability p, the correlation between two units shrinks by p (at mean zero) and their mutual
-    information by p². Source: Chen et al. 2019, arXiv 1905.05928.
+    Blocks read … → ReLU → IC → Conv, never Conv → IC → ReLU. With independent gates that are kept
+    with probability p, the correlation of two units of mean zero shrinks by p, and the mutual
+    information of two units that are never exactly zero by p²; an entropy H becomes p·H plus that
+    of the gate. Source: Chen et al. 2019, arXiv 1905.05928.
 
     Args:
         num_channels: C.
@@ -28,17 +36,24 @@ class IndependentComponent(Normalize):
         eps: ε.
         momentum: Weight of the newest batch; None for the average of all batches.
         affine: Whether there are γ and β.
+        mask: What one gate holds: an ``"element"``, or a whole ``"channel"`` of a sample.
+        composition: The order in which a network is to lay the parts of a unit out:
+            ``"relu-ic-conv"``, ``"ic-conv-relu"`` or ``"conv-relu-ic"``. It sets `placement`, and
+            changes nothing of what the layer computes.
         channel_dim: 1, or −1 for (…, C).
 
     Shape:
         (N, C, *) → (N, C, *), N·positions ≥ 2 in training.
 
+    Raises:
+        ValueError: If `mask` or `composition` is another word, or the rate is not in [0, 1).
+
     Example:
         >>> IndependentComponent(8)
         IndependentComponent(8, n c * -> c (n *), eps=1e-05, momentum=0.1, dropout=0.05)
+        >>> IndependentComponent(8, composition="conv-relu-ic").placement
+        'conv-relu-ic'
     """
-
-    placement: ClassVar[str] = "before_weight"
 
     def __init__(
         self,
@@ -48,16 +63,31 @@ class IndependentComponent(Normalize):
         momentum: float | None = 0.1,
         affine: bool = True,
         *,
+        mask: Drop = "element",
+        composition: Composition = "relu-ic-conv",
         channel_dim: int = 1,
     ) -> None:
+        if composition not in _PLACEMENTS:
+            raise ValueError(
+                f"composition is one of {', '.join(_PLACEMENTS)}; received {composition!r}"
+            )
         super().__init__(
             num_channels,
             "n c * -> c (n *)",
             operation=Standardize(eps=eps),
             statistics=Running(momentum),
-            recovery=Affine(affine, affine, dropout=dropout),
+            recovery=Affine(affine, affine, dropout=dropout, drop=mask),
             channel_dim=channel_dim,
         )
+        self.composition = composition
+        self.placement = _PLACEMENTS[composition]
+
+    def extra_repr(self) -> str:
+        """Print the options, the composition where it is not the first."""
+        shown = super().extra_repr()
+        if self.composition == "relu-ic-conv":
+            return shown
+        return f"{shown}, composition={self.composition}"
 
 
 def reference(
@@ -92,8 +122,14 @@ CARD = Card(
         "stands before a weight layer; anywhere else it is batch normalization with noise",
         "the next layer's batch statistics see dropped inputs, so that rates above about 0.05 "
         "shift the variance between training and evaluation",
+        "the shrinkage of correlation by p holds at β = 0, that of information by p² where no "
+        "unit is exactly zero",
     ),
     use_when="In place of batch normalization, moved to before each weight layer.",
     avoid_when="Where batch normalization fails: tiny or alike batches.",
     source="code",
+    advice=(
+        "Dropped element by element at 0.05; that the paper drops elements, and which of the three "
+        "compositions wins in residual units, is unverified."
+    ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +66,11 @@ class Normalize(StoringLayer):
         tensor(True)
     """
 
-    placement: ClassVar[str] = "after_weight"
+    placement: str = "after_weight"
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     threshold: nn.Parameter | None
+    slope: nn.Parameter | None
 
     def __init__(
         self,
@@ -142,7 +143,8 @@ class Normalize(StoringLayer):
 
         self.weight = parameter(r.scale, c)
         self.bias = parameter(r.shift, c)
-        self.threshold = parameter(r.activation == "tlu", c)
+        self.threshold = parameter(r.activation in ("tlu", "affine_tlu"), c)
+        self.slope = parameter(r.activation == "affine_tlu", c)
         self.eps_learned = parameter(isinstance(self.operation.eps, LearnedEps))
         self._register_stored(self.partition.stored_size(c, self._sizes(self.batch_size or 1)))
         self.reset_parameters()
@@ -151,9 +153,11 @@ class Normalize(StoringLayer):
         """Set parameters and stored statistics to their initial values."""
         self.reset_running_stats()
         with torch.no_grad():
-            for parameter, value in ((self.weight, 1.0), (self.bias, 0.0), (self.threshold, 0.0)):
+            if self.weight is not None:
+                self.weight.fill_(1.0)
+            for parameter in (self.bias, self.threshold, self.slope):
                 if parameter is not None:
-                    parameter.fill_(value)
+                    parameter.zero_()
             if self.eps_learned is not None:
                 self.eps_learned.fill_(cast(LearnedEps, self.operation.eps).init)
 
@@ -185,7 +189,10 @@ class Normalize(StoringLayer):
 
     def _recover(self, y: Tensor) -> Tensor:
         """The parts of Ψ that no kernel fuses."""
-        return dropout(y, self.recovery.dropout) if self.training else y
+        if not self.training:
+            return y
+        channel_dim = self.channel_dim if self.recovery.drop == "channel" else None
+        return dropout(y, self.recovery.dropout, channel_dim)
 
     def _normalize(
         self, x: Tensor, mask: Tensor | None, measured: list[tuple[Layout, Moments]]
@@ -195,8 +202,10 @@ class Normalize(StoringLayer):
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
         view = layout.split(x)
         mask = None if mask is None else layout.per_position(mask)
-        affine = [self.weight, self.bias, self.threshold]
-        weight, bias, threshold = [None if p is None else layout.per_channel(p) for p in affine]
+        weight, bias, threshold, slope = [
+            None if p is None else layout.per_channel(p)
+            for p in (self.weight, self.bias, self.threshold, self.slope)
+        ]
         eps, reduce = self.eps, self.statistics.reduce
         from_batch = not self._uses_stored
         if self._measures:
@@ -211,7 +220,7 @@ class Normalize(StoringLayer):
         spec = Spec(layout.member_dims, self.operation, self.activation)
         y: Tensor = dispatch.implementation().normalize(
             view, given, weight, bias, threshold, eps, mask, spec,
-            from_batch=from_batch, reduce=reduce if from_batch else None,
+            from_batch=from_batch, reduce=reduce if from_batch else None, slope=slope,
         )  # fmt: skip
         return layout.join(y)
 
@@ -267,6 +276,7 @@ class Normalize(StoringLayer):
         parts += [] if r.scale and r.shift else [f"scale={r.scale}, shift={r.shift}"]
         parts += [f"activation={r.activation}"] if r.activation else []
         parts += [f"dropout={r.dropout}"] if r.dropout else []
+        parts += [f"mask={r.drop}"] if r.drop != "element" else []
         parts += ["channel_dim=-1"] if self.channel_dim == -1 else []
         policies = {"use": self._use, "update": self._update}
         parts += [f"{k}={v}" for k, v in policies.items() if v != "auto"]

@@ -55,7 +55,7 @@ def _phi(z: Tensor, p: float, moment: Tensor, spec: Spec, count: Tensor | int) -
 
 
 class _Normalize(torch.autograd.Function):
-    """See `normalize`; the arguments are those of `reference.apply`, and then constants."""
+    """See `normalize`; the arguments are those of `reference.apply`, constants, and κ."""
 
     generate_vmap_rule = True
 
@@ -73,16 +73,17 @@ class _Normalize(torch.autograd.Function):
         spec: Spec,
         from_batch: bool,
         reduce: Reduce | None,
+        slope: Tensor | None,
     ) -> Tensor:
-        return reference.apply(x, mean, moment, weight, bias, threshold, eps, mask, spec)
+        return reference.apply(x, mean, moment, weight, bias, threshold, eps, mask, spec, slope)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, mean, moment, weight, bias, threshold, eps, mask, count, *constants = inputs
+        x, mean, moment, weight, bias, threshold, eps, mask, count, *constants, slope = inputs
         ctx.spec, ctx.from_batch, ctx.reduce = constants
         ctx.eps = None if isinstance(eps, Tensor) else eps
         ctx.count = None if isinstance(count, Tensor) else count
-        tensors = [x, mean, moment, weight, bias, threshold, eps, mask, count]
+        tensors = [x, mean, moment, weight, bias, threshold, eps, mask, count, slope]
         tensors = [t if isinstance(t, Tensor) else None for t in tensors]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -103,7 +104,8 @@ class _State:
         saved = ctx.saved_tensors  # once: under activation checkpointing each reading recomputes
         if differentiable is None:
             differentiable = torch.is_grad_enabled() or _dual(saved[0])
-        self.x, mean, moment, self.weight, self.bias, self.threshold, eps, self.mask, count = saved
+        self.x, mean, moment, self.weight, self.bias, self.threshold, *saved = saved
+        eps, self.mask, count, self.slope = saved
         self.eps = eps if ctx.eps is None else ctx.eps
         size = count if ctx.count is None else ctx.count
         self.spec, self.from_batch, self.reduce = ctx.spec, ctx.from_batch, ctx.reduce
@@ -132,27 +134,32 @@ class _State:
         return u if self.bias is None else u + self.bias
 
 
-def _activation_gradient(g: Tensor, s: _State) -> tuple[Tensor, Tensor | None]:
-    """∂L/∂u and ∂L/∂τ from ∂L/∂y."""
+def _activation_gradient(g: Tensor, s: _State) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """∂L/∂u, ∂L/∂τ and ∂L/∂κ from ∂L/∂y."""
     activation = s.spec.activation
     if activation is None:
-        return g, None
+        return g, None, None
     u = s.before_activation()
     if activation == "relu":
-        return torch.ops.aten.threshold_backward(g, u, 0), None
+        return torch.ops.aten.threshold_backward(g, u, 0), None, None
     if activation == "silu":
         gate = u.sigmoid()
-        return g * gate * (1 + u * (1 - gate)), None
+        return g * gate * (1 + u * (1 - gate)), None, None
     # Several times faster on CPU than masking with a comparison.
-    above = torch.ops.aten.threshold_backward(g, u - s.threshold, 0)
-    return above, sum_to(g - above, s.threshold)
+    line = s.threshold if s.slope is None else s.threshold + s.slope * u
+    above = torch.ops.aten.threshold_backward(g, u - line, 0)
+    below = g - above
+    dthreshold = sum_to(below, s.threshold)
+    if s.slope is None:
+        return above, dthreshold, None
+    return above + s.slope * below, dthreshold, sum_to(below * u, s.slope)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     s = _State(ctx)
     x = s.x
     needs = ctx.needs_input_grad
-    g, dthreshold = _activation_gradient(masked(accumulated(dy), s.mask), s)
+    g, dthreshold, dslope = _activation_gradient(masked(accumulated(dy), s.mask), s)
     # One pass over g and over g·x̂ serves γ, β and the statistics alike: sum first along the
     # axes where γ and β do not vary, then finish on the small remainders.
     inner = _broadcast_dims(g, s.weight, s.bias)
@@ -175,7 +182,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = masked(dx, s.mask).to(x.dtype)
     if not isinstance(s.eps, Tensor):
         deps = None
-    return dx, None, None, dweight, dbias, dthreshold, deps, *([None] * 5)
+    return dx, None, None, dweight, dbias, dthreshold, deps, *([None] * 5), dslope
 
 
 def _through_statistics(
@@ -214,9 +221,9 @@ def _jvp(
     tbias: Tensor | None,
     tthreshold: Tensor | None,
     teps: Tensor | None,
-    *_: Any,
+    *rest: Any,
 ) -> Tensor:
-    """The tangent of y, by the chain rule through x̂, γ, β and τ."""
+    """The tangent of y, by the chain rule through x̂, γ, β, τ and κ."""
     s = _State(ctx, differentiable=True)
     op, dims = s.spec.operation, s.spec.dims
     t = torch.zeros_like(s.xhat) if tx is None else masked(accumulated(tx), s.mask)
@@ -244,6 +251,11 @@ def _jvp(
     elif s.spec.activation == "tlu":
         above = (u > s.threshold).to(tu.dtype)
         tu = tu * above if tthreshold is None else tu * above + tthreshold * (1 - above)
+    elif s.spec.activation == "affine_tlu":
+        tline = s.slope * tu
+        tline = tline if tthreshold is None else tline + tthreshold
+        tline = tline if rest[-1] is None else tline + rest[-1] * u
+        tu = torch.where(u > s.threshold + s.slope * u, tu, tline)
     return masked(tu, s.mask).to(s.x.dtype)
 
 
@@ -259,10 +271,11 @@ def normalize(
     *,
     from_batch: bool,
     reduce: Reduce | None = None,
+    slope: Tensor | None = None,
 ) -> Tensor:
     """`reference.normalize` with its gradient in closed form."""
     out: Tensor = _Normalize.apply(
         x, given.mean, given.moment, weight, bias, threshold, eps, mask, given.size,
-        spec, from_batch, reduce,
+        spec, from_batch, reduce, slope,
     )  # type: ignore[no-untyped-call]  # fmt: skip
     return out

@@ -81,12 +81,14 @@ def _again(x: Tensor, packed: Tensor, scale: float) -> Tensor:
     return _masked(x, _unpack(packed, x), packed, scale)
 
 
-def dropout(x: Tensor, rate: float) -> Tensor:
+def dropout(x: Tensor, rate: float, channel_dim: int | None = None) -> Tensor:
     """Set each element to 0 with probability `rate`, scale the others by 1/(1 − rate).
 
     Args:
-        x: Any shape.
+        x: Any shape; samples along axis 0 where whole channels are dropped.
         rate: In [0, 1).
+        channel_dim: The axis of channels, to keep or drop each channel of each sample as a whole;
+            None to decide for each element.
 
     Returns:
         A tensor like x.
@@ -98,6 +100,11 @@ def dropout(x: Tensor, rate: float) -> Tensor:
     """
     if rate == 0:
         return x
+    if channel_dim is not None:
+        shape = [1] * x.ndim
+        shape[0], shape[channel_dim] = x.shape[0], x.shape[channel_dim]
+        kept = torch.rand(shape, device=x.device) >= rate
+        return torch.where(kept, x * (1 / (1 - rate)), 0)
     if torch.compiler.is_compiling():
         return F.dropout(x, rate)
     keep = _gates(x, rate)

@@ -162,7 +162,9 @@ def deviation(moment: Tensor, operation: Operation, eps: Tensor | float) -> Tens
     return root if operation.factor == 1 else root * operation.factor
 
 
-def activate(u: Tensor, activation: str | None, threshold: Tensor | None) -> Tensor:
+def activate(
+    u: Tensor, activation: str | None, threshold: Tensor | None, slope: Tensor | None = None
+) -> Tensor:
     """Apply the fused activation."""
     if activation == "relu":
         return u.relu()
@@ -173,6 +175,11 @@ def activate(u: Tensor, activation: str | None, threshold: Tensor | None) -> Ten
         if not torch.is_grad_enabled():
             return torch.maximum(u, threshold)
         return (u - threshold).relu() + threshold  # ties go to τ, as those of ReLU go to 0
+    if activation == "affine_tlu":
+        assert threshold is not None
+        assert slope is not None
+        line = torch.addcmul(threshold.to(u.dtype), slope.to(u.dtype), u)
+        return (u - line).relu() + line
     return u
 
 
@@ -186,6 +193,7 @@ def apply(
     eps: Tensor | float,
     mask: Tensor | None,
     spec: Spec,
+    slope: Tensor | None = None,
 ) -> Tensor:
     """y = a((x − s·μ)/D · γ + β) with given statistics; masked positions come out as 0."""
     operation = spec.operation
@@ -199,7 +207,7 @@ def apply(
         y = y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale.to(y.dtype))
     elif bias is not None:
         y = y + bias
-    y = masked(activate(y, spec.activation, threshold), mask)
+    y = masked(activate(y, spec.activation, threshold, slope), mask)
     return y.to(x.dtype)
 
 
@@ -231,6 +239,7 @@ def normalize(
     *,
     from_batch: bool,
     reduce: Reduce | None = None,
+    slope: Tensor | None = None,
 ) -> Tensor:
     """y = a((x − s·μ)/D · γ + β), gradients by autograd.
 
@@ -239,12 +248,13 @@ def normalize(
         given: Statistics to use.
         weight: γ, broadcastable against x, or None.
         bias: β, likewise.
-        threshold: τ, for the TLU.
+        threshold: τ, for the TLU and the affine TLU.
         eps: ε, a tensor where it is learned.
         mask: True at valid positions, broadcastable against x.
         spec: Axes, operation and activation.
         from_batch: Whether `given` was computed from x, so that gradients flow through it.
         reduce: Sum over processes.
+        slope: κ, for the affine TLU.
 
     Returns:
         y, in the dtype of x.
@@ -252,4 +262,4 @@ def normalize(
     if from_batch:
         given = moments(x, spec.dims, spec.operation, mask, reduce)
     mean, moment, _ = given
-    return apply(x, mean, moment, weight, bias, threshold, eps, mask, spec)
+    return apply(x, mean, moment, weight, bias, threshold, eps, mask, spec, slope)

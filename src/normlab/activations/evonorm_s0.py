@@ -1,0 +1,255 @@
+"""EvoNorm-S0, a normalization with its activation (Liu et al. 2020, arXiv 2004.02967)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from normlab.activations._areas import default_groups
+from normlab.core.card import Card
+from normlab.core.checks import check_channels, check_input
+from normlab.core.operation import Operation, Scale
+from normlab.core.partition import partition
+from normlab.kernels import dispatch
+from normlab.kernels import reference as plain
+from normlab.kernels.reference import Moments, accumulated, deviation, masked
+
+EvoNorm = Literal["evonorm"]
+
+
+class _Recomputed(torch.autograd.Function):
+    """y = f(tensors), keeping the tensors alone: derivatives compute f again from them."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        return function(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.function, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def _pulled(ctx: Any) -> tuple[list[int], list[Tensor], Callable[[Tensor], tuple[Tensor, ...]]]:
+        """The tensors that have derivatives, where they stand, and the product with Jᵀ."""
+        saved = list(ctx.saved_tensors)
+        at = [i for i, t in enumerate(saved) if t is not None and t.is_floating_point()]
+        inputs = [saved[i] for i in at]
+
+        def function(*values: Tensor) -> Tensor:
+            given = list(saved)
+            for i, value in zip(at, values, strict=True):
+                given[i] = value
+            return cast(Tensor, ctx.function(*given))
+
+        return at, inputs, cast(Any, torch.func.vjp(function, *inputs))[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        at, _, pull = _Recomputed._pulled(ctx)
+        out: list[Tensor | None] = [None] * (1 + len(ctx.saved_tensors))
+        for i, gradient in zip(at, pull(grads[0]), strict=True):
+            out[1 + i] = gradient
+        return tuple(out)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        # J·t is the gradient of ⟨Jᵀ·g, t⟩ at g, whatever g: forward mode does not nest everywhere.
+        at, inputs, pull = _Recomputed._pulled(ctx)
+        t = [tangents[1 + i] for i in at]
+        t = [torch.zeros_like(x) if d is None else d for x, d in zip(inputs, t, strict=True)]
+        output = ctx.function(*ctx.saved_tensors)
+        push = cast(Any, torch.func.vjp(pull, torch.zeros_like(output)))[1]
+        return cast(Tensor, push(tuple(t))[0])
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """function(*tensors), of which the backward pass keeps nothing but its arguments.
+
+    Args:
+        function: Differentiable, without random numbers or side effects.
+        *tensors: Its arguments; those of other dtypes than floating-point ones get no gradient.
+
+    Returns:
+        Its value.
+    """
+    if dispatch.implementation() is plain:  # the compiler decides itself what to keep
+        return function(*tensors)
+    return cast(Tensor, _Recomputed.apply(function, *tensors))  # type: ignore[no-untyped-call]
+
+
+def spread(given: Moments, operation: Operation, eps: float, bessel: bool) -> Tensor:
+    """√(variance + ε) of each area, the variance corrected by m/(m − 1) where `bessel`.
+
+    An area of one member has variance 0, corrected or not.
+    """
+    assert given.moment is not None
+    variance = given.moment
+    if bessel:
+        size = torch.as_tensor(given.size, dtype=variance.dtype, device=variance.device)
+        variance = variance * (size / (size - 1).clamp(min=1))
+    return deviation(variance, operation, eps)
+
+
+class EvoNormS0(nn.Module):
+    """y = γ·x·sigmoid(v·x)/√(σ²_ng + ε) + β, σ² the variance of a group of a sample.
+
+    It contains its nonlinearity, so that no activation follows it: no mean is subtracted, and the
+    numerator is a SiLU with a learned v per channel. Training and evaluation are the same
+    function. Source: Liu, Brock, Simonyan & Le 2020, arXiv 2004.02967.
+
+    Args:
+        num_channels: C.
+        groups: Number of groups; by default the most, up to the paper's 32, that leave at least
+            four channels in each.
+        eps: ε.
+        affine: Whether there are γ and β.
+        bessel: Correct the variance by m/(m − 1), as the code of 2106.05956 does; the authors' code
+            does not.
+        activation: ``"evonorm"``, or None for the form without the nonlinearity, which in the
+            authors' code is γ·x + β, without any normalization.
+        channel_dim: 1, or −1 for (…, C).
+
+    Shape:
+        (N, C, *) → (N, C, *).
+
+    Raises:
+        PartitionError: If `groups` does not divide C.
+        ValueError: If `activation` is another word.
+
+    Example:
+        >>> EvoNormS0(8)
+        EvoNormS0(8, n (g c) * -> (n g) (c *), groups=2, eps=1e-05)
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    v: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_channels: int,
+        groups: int | None = None,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        bessel: bool = False,
+        activation: EvoNorm | None = "evonorm",
+        channel_dim: int = 1,
+    ) -> None:
+        super().__init__()
+        check_channels(num_channels, channel_dim)
+        check_activation(activation)
+        self.num_channels, self.channel_dim, self.bessel = num_channels, channel_dim, bessel
+        self.activation: EvoNorm | None = activation
+        self.groups = default_groups(num_channels) if groups is None else groups
+        self.operation, self.eps = Scale(eps=eps, about="mean"), eps
+        self.partition = partition("n (g c) * -> (n g) (c *)")
+        self.partition.bind((1, num_channels), sizes={"g": self.groups})
+        self.weight, self.bias, self.v = parameters(num_channels, affine, activation)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize and activate x; see the class."""
+        check_input(self, x, mask, self.num_channels, self.channel_dim)
+        if x.numel() == 0:  # nothing to average; parameters stay in the graph, with gradient 0
+            return x + 0 * sum((p.sum() for p in self.parameters()), x.new_zeros(()))
+        sizes = {"g": self.groups}
+        layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
+        where = None if mask is None else layout.per_position(mask)
+        weight, bias, v = (
+            None if p is None else layout.per_channel(p) for p in (self.weight, self.bias, self.v)
+        )
+        dims, operation, eps, bessel = layout.member_dims, self.operation, self.eps, self.bessel
+
+        def formula(
+            x: Tensor, v: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+            mask: Tensor | None,
+        ) -> Tensor:  # fmt: skip
+            y = masked(accumulated(x), mask)
+            if v is not None:
+                given = plain.moments(x, dims, operation, mask)
+                y = y * torch.sigmoid(v * y) / spread(given, operation, eps, bessel)
+            return finished(y, weight, bias, mask).to(x.dtype)
+
+        return layout.join(recomputed(formula, layout.split(x), v, weight, bias, where))
+
+    def extra_repr(self) -> str:
+        """Print the pattern in force and the options."""
+        shown = f"{self.num_channels}, {self.partition}, groups={self.groups}, eps={self.eps}"
+        return shown + options_shown(self)
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise ValueError for anything but the method's own nonlinearity, or none."""
+    if activation not in ("evonorm", None):
+        raise ValueError(
+            "activation is 'evonorm', which is part of the method, or None for the linear form; "
+            f"received {activation!r}"
+        )
+
+
+def parameters(
+    channels: int, affine: bool, activation: EvoNorm | None
+) -> tuple[nn.Parameter | None, nn.Parameter | None, nn.Parameter | None]:
+    """γ, β and v at their initial values."""
+    weight = nn.Parameter(torch.ones(channels)) if affine else None
+    bias = nn.Parameter(torch.zeros(channels)) if affine else None
+    return weight, bias, None if activation is None else nn.Parameter(torch.ones(channels))
+
+
+def finished(y: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """γ·y + β, 0 where masked."""
+    y = y if weight is None else y * weight
+    return masked(y if bias is None else y + bias, mask)
+
+
+def options_shown(layer: Any) -> str:
+    """The options that both EvoNorms print where they are not the default."""
+    parts = ["bessel=True"] if layer.bessel else []
+    parts += [] if layer.activation else ["activation=None"]
+    parts += ["scale=False, shift=False"] if layer.weight is None else []
+    parts += ["channel_dim=-1"] if layer.channel_dim == -1 else []
+    return "".join(f", {part}" for part in parts)
+
+
+def reference(
+    x: Tensor, parameters: Mapping[str, Tensor], *, groups: int, eps: float = 1e-5
+) -> Tensor:
+    """The formula, group by group, with var = E[x²] − E[x]²."""
+    flat = x.reshape(x.shape[0], groups, -1)
+    variance = (flat**2).mean(2, keepdim=True) - flat.mean(2, keepdim=True) ** 2
+    last = (flat / (variance + eps) ** 0.5).reshape(x.shape).movedim(1, -1)
+    gate = 1 / (1 + torch.exp(-parameters["v"] * x.movedim(1, -1)))
+    return (last * gate * parameters["weight"] + parameters["bias"]).movedim(-1, 1)
+
+
+CARD = Card(
+    name="evonorm_s0",
+    title="EvoNorm-S0",
+    authors="Liu, Brock, Simonyan & Le",
+    year=2020,
+    arxiv="2004.02967",
+    site="activation",
+    formula="y = γ·x·sigmoid(v·x)/√(σ²_ng + ε) + β",
+    pattern="n (g c) * -> (n g) (c *)",
+    operation="scale the gated input by the standard deviation of the input",
+    statistics="of the input, always",
+    recovery="affine per channel",
+    layer=EvoNormS0,
+    reference=reference,
+    case={"groups": 3},
+    limits=(
+        "replaces the activation as well; without it (activation=None) nothing is normalized",
+        "the linear form as γ·x + β is that of a copy of the authors' code",
+        "groups of one channel on maps of one position are divided by √ε",
+    ),
+    use_when="Convolutional networks with small batches, normalization and activation in one.",
+    avoid_when="The activation must stay what it is.",
+    source="code",
+)
