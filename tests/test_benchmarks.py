@@ -183,9 +183,9 @@ def test_slower_cells_are_named(modules):
 
 def test_every_experiment_is_a_comparison_that_can_be_planned(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import experiments
     import tyro
 
+    import experiments
     from normlab.cli import split_lists
     from normlab.commands.compare import Compare
 

@@ -21,6 +21,7 @@ from .cnn import CnnPlan
 from .deep_linear import DeepLinearPlan
 from .mlp import MlpPlan
 from .plan import ImageShape, NetworkError, NormFactory, Plan, check_size
+from .reactnet import BiRealPlan, ReActNetPlan
 from .resnet import ResNetPlan
 from .vgg import VggPlan
 from .vit import VitPlan
@@ -34,6 +35,8 @@ _PLANS: dict[str, type[Any]] = {
     "resnet": ResNetPlan,
     "deep_linear": DeepLinearPlan,
     "vit": VitPlan,
+    "bireal": BiRealPlan,
+    "reactnet": ReActNetPlan,
 }
 
 

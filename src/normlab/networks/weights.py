@@ -91,6 +91,8 @@ def initialize(model: nn.Module, generator: torch.Generator, *, scheme: str = "h
         else:
             nn.init.kaiming_normal_(drawn, mode="fan_out", nonlinearity="relu", generator=generator)
         drawn *= getattr(layer, "init_gain", 1.0)
+        if getattr(layer, "latent", "") == "positive":  # as the released code of 2104.08215 starts
+            drawn.uniform_(0, 1e-3, generator=generator)
         if original is None and parametrize.is_parametrized(layer, "weight"):
             layer.weight = drawn.to(weight)  # through the parametrization's right inverse
         else:
