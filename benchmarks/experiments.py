@@ -42,8 +42,8 @@ EXPERIMENTS = {
     "fashion-mini-micro": (
         "Few samples share statistics: renormalization and Kalman normalization",
         "--normalizers batch batch_renorm kalman_batch group "
-        f"--condition 16 4 2 4:class {RESNET8} --epochs 1 --tune-epochs 0.5 "
-        "--lrs 0.03 0.1 0.3 1 --points 4",
+        f"--condition 4 4:class {RESNET8} --epochs 1 --tune-epochs 0.5 "
+        "--lrs 0.03 0.1 0.3 --points 4",
     ),
     "fashion-mini-preconditioning-dense": (
         "Preconditioning, batch normalization and plain descent: dense network",

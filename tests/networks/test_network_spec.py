@@ -103,7 +103,7 @@ def test_every_name_builds_with_its_defaults():
     [
         ("resnt20", r"unknown network 'resnt20'; did you mean resnet\?"),
         ("VGG11", r"did you mean vgg\?"),
-        ("resnett:depth=8", r"did you mean resnet\?"),
+        ("resnett:depth=8", r"did you mean resnet or reactnet\?"),
         ("transformer", r"unknown network 'transformer'; known networks: mlp, cnn, vgg, resnet"),
         ("", "unknown network ''"),
         ("resnet:depht=8", "no option 'depht'; its options are depth, width, version, shortcut"),
