@@ -1,0 +1,327 @@
+"""Whitening: y = γ·W·(x − μ) + β, with W a function of the covariance Σ of an area's variables.
+
+The pattern has three parts: areas, variables and members. In ``n (g c) * -> g c (n *)`` the c
+channels of each group g are decorrelated over all samples and positions; in
+``n (g c) * -> n g (c *)`` the groups of a sample are the variables.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from normlab.core import statistics as st
+from normlab.core.checks import check_channels, check_input
+from normlab.core.operation import Standardize
+from normlab.core.partition import Layout, PartitionError, partition
+from normlab.core.recovery import Affine
+from normlab.core.stored import StoringLayer
+from normlab.kernels import whiten
+from normlab.kernels.hold import hold
+from normlab.kernels.reference import accumulated, masked
+from normlab.kernels.transforms import transformed
+from normlab.kernels.whiten import Covariance
+
+Stored = Literal["matrix", "covariance"]
+Whitening = Callable[[Tensor], Tensor]
+"""From Σ + εI, shape (A, v, v), to W with W(Σ + εI)Wᵀ = I."""
+
+
+def width_groups(channels: int, width: int = 16) -> int:
+    """Return the fewest groups that divide the channels and hold at most `width` each.
+
+    Example:
+        >>> [width_groups(c) for c in (6, 16, 24, 64, 17)]
+        [1, 1, 2, 4, 17]
+    """
+    fitting = (g for g in range(1, channels + 1) if channels % g == 0 and channels // g <= width)
+    return next(fitting, 1)
+
+
+class Whiten(StoringLayer):
+    """A whitening layer from its parts; every named one is one of these.
+
+    Args:
+        num_channels: C.
+        pattern: Π, with three parts on its right.
+        whitening: From Σ + εI to W.
+        groups: Length of the axis g.
+        eps: ε, added to the diagonal of Σ.
+        statistics: `Running` or `Current`.
+        stored: What `Running` averages beside μ: ``"matrix"``, W itself, or ``"covariance"``, Σ,
+            of which evaluation computes W.
+        recovery: Ψ: γ and β per channel.
+        channel_dim: 1 or −1.
+        shown: More to print.
+
+    Shape:
+        (N, C, *) → (N, C, *). A mask is (N, *positions), True where valid.
+
+    Raises:
+        PartitionError: If `groups` does not divide C, or the pattern names no variables.
+        ValueError: If another argument is out of range.
+
+    Example:
+        >>> from normlab.kernels.whiten import inverse_root
+        >>> pattern = "n (g c) * -> g c (n *)"
+        >>> layer = Whiten(8, pattern, inverse_root, groups=2, eps=1e-3, statistics=st.Running())
+        >>> layer
+        Whiten(8, n (g c) * -> g c (n *), groups=2, eps=0.001, momentum=0.1, stored=matrix)
+    """
+
+    placement: str = "after_weight"
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_channels: int,
+        pattern: str,
+        whitening: Whitening,
+        *,
+        groups: int,
+        eps: float,
+        statistics: st.Running | st.Current,
+        stored: Stored = "matrix",
+        recovery: Affine | None = None,
+        channel_dim: int = 1,
+        shown: str = "",
+    ) -> None:
+        super().__init__()
+        check_channels(num_channels, channel_dim)
+        if stored not in get_args(Stored):
+            raise ValueError(f"stored is 'matrix' or 'covariance'; received {stored!r}")
+        if not isinstance(groups, int):
+            raise TypeError(f"groups is a whole number; received {groups!r}")
+        self.num_channels, self.channel_dim, self.groups = num_channels, channel_dim, groups
+        self.partition = partition(pattern)
+        if self.partition.variables is None:
+            raise PartitionError(f"pattern {pattern!r} names no variables to decorrelate")
+        self._bind((1, num_channels))  # fails where the groups do not fit
+        self.operation, self.eps_learned = Standardize(eps=eps), None
+        self.statistics, self.stored, self.whitening = statistics, stored, whitening
+        self.recovery = Affine() if recovery is None else recovery
+        self._shown, self._warned = shown, False
+        self.weight = nn.Parameter(torch.empty(num_channels)) if self.recovery.scale else None
+        self.bias = nn.Parameter(torch.empty(num_channels)) if self.recovery.shift else None
+        self._register_buffers()
+        self.reset_parameters()
+
+    def _bind(self, shape: tuple[int, ...]) -> Layout:
+        """The layout of tensors of that shape; (1, C) is that of the channels alone."""
+        channel_dim = self.channel_dim if len(shape) > 2 else 1
+        sizes = {self.partition.axes[1][0]: self.groups}
+        return self.partition.bind(shape, channel_dim=channel_dim, sizes=sizes)
+
+    def _register_buffers(self) -> None:
+        if isinstance(self.statistics, st.Current):
+            return
+        groups, width = self.groups, self.num_channels // self.groups
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.stored_names = ("running_mean", f"running_{self.stored}")
+        self.register_buffer("running_mean", torch.empty(self.num_channels, dtype=dtype))
+        square = torch.empty(groups, width, width, dtype=dtype)
+        self.register_buffer(self.stored_names[1], square)
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+        skipped = torch.tensor(0, dtype=torch.long)
+        self.register_buffer("skipped_updates", skipped, persistent=False)
+
+    def reset_running_stats(self) -> None:
+        """Set the stored mean to 0, the stored matrix to the identity."""
+        self._pooled = None
+        if not self.stored_names:
+            return
+        mean, square = (getattr(self, name) for name in self.stored_names)
+        mean.zero_()
+        square.copy_(torch.eye(square.shape[-1]).to(square).expand_as(square))
+        self.num_batches_tracked.zero_()
+        self.skipped_updates.zero_()
+
+    def reset_parameters(self) -> None:
+        """Set parameters and stored statistics to their initial values."""
+        self.reset_running_stats()
+        with torch.no_grad():
+            if self.weight is not None:
+                self.weight.fill_(1.0)
+            if self.bias is not None:
+                self.bias.zero_()
+
+    @property
+    def activation(self) -> None:
+        """No activation is part of this layer."""
+        return None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Whiten x; see the class."""
+        check_input(self, x, mask, self.num_channels, self.channel_dim)
+        if x.numel() == 0 and self.statistics.reduce is None:
+            return x + 0 * sum((p.sum() for p in self.parameters()), x.new_zeros(()))
+        layout = self._bind(tuple(x.shape))
+        valid = None
+        if mask is not None:
+            mask = mask.unsqueeze(self.channel_dim)
+            valid = layout.regroup(mask.expand(x.shape))
+        with whiten.full_precision(x):
+            z = masked(accumulated(layout.regroup(x)), valid)
+            y = self._whiten(z, valid, layout)
+            y = masked(y, mask).to(x.dtype)
+        return _laid_out_as(x, y)
+
+    def _whiten(self, z: Tensor, valid: Tensor | None, layout: Layout) -> Tensor:
+        """Statistics, Φ and Ψ, from (areas, variables, members) to the layout of x."""
+        found, w = None, None
+        if self._measures:
+            self._check_members(layout)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._uses_stored):
+                found = whiten.covariance(z, valid, self.statistics.reduce)
+        if self._uses_stored:
+            mean, stored = self._from_buffers(z)
+            y = self._recover(masked(z - mean, valid), stored, None, layout)
+        else:
+            assert found is not None
+            w, finite = self._matrix(found.matrix)
+            y = self._recover(found.centered, w, finite, layout)
+            w = torch.where(finite, w.detach(), torch.nan) if self._updates else None
+        if found is not None:
+            self._follow(found, w)
+        return y
+
+    def _matrix(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """W of Σ, and where it is one: which Σ are finite."""
+        a, finite = whiten.ridged(sigma, self.eps)
+        return self.whitening(a), finite
+
+    def _from_buffers(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The stored μ and W."""
+        # Copies: an update before the backward pass must not change what this pass has used.
+        mean, square = (getattr(self, name).clone() for name in self.stored_names)
+        if self._updates:
+            mean, square = hold(mean), hold(square)
+        if self.stored == "covariance":
+            square, _ = self._matrix(square)
+        return mean.to(z.dtype).view(*square.shape[:2], 1), square.to(z.dtype)
+
+    def _recover(
+        self, centered: Tensor, w: Tensor, finite: Tensor | None, layout: Layout
+    ) -> Tensor:
+        """γ·W·(x − μ) + β, in the layout of x; NaN where W is not finite."""
+        gamma, beta = (
+            None if p is None else p.to(centered.dtype) for p in (self.weight, self.bias)
+        )
+        rows = all(self.partition.role(name) != "channel" for name in self.partition.members)
+        if rows:  # γ multiplies rows of W, so that nothing else of the size of x is kept
+            shape = (self.groups, -1, 1)
+            w = w if gamma is None else w * gamma.view(shape)
+            w = w if finite is None else torch.where(finite, w, torch.nan)
+            y = w @ centered if beta is None else torch.baddbmm(beta.view(shape), w, centered)
+            return layout.undo(y)
+        w = w if finite is None else torch.where(finite, w, torch.nan)
+        y = layout.split(layout.undo(w @ centered).contiguous())
+        y = y if gamma is None else y * layout.per_channel(gamma)
+        return layout.join(y if beta is None else y + layout.per_channel(beta))
+
+    @torch.no_grad()
+    def _follow(self, found: Covariance, w: Tensor | None) -> None:
+        """Apply the update policy to the statistics of a batch."""
+        buffers = [getattr(self, n) for n in self.stored_names]
+        if not self._updates or not st.writable([found.mean, found.matrix], buffers):
+            return
+        if self._update == "accumulate":
+            self._pool_covariance(found)
+            return
+        self._store(found, w)
+
+    def _pool_covariance(self, found: Covariance) -> None:
+        """Merge with what waits for `commit`: the statistics of the union of micro-batches."""
+        if self._pooled is not None:
+            size, mean, matrix = self._pooled
+            found = whiten.pooled(Covariance(mean, matrix, size, found.centered), found)
+        size = torch.as_tensor(found.size, dtype=found.mean.dtype, device=found.mean.device)
+        self._pooled = (size, found.mean, found.matrix)
+
+    @torch.no_grad()
+    def commit(self) -> bool:
+        """Fold what ``update="accumulate"`` pooled into the stored statistics, as one batch.
+
+        Returns:
+            Whether there was anything.
+        """
+        if self._pooled is None:
+            return False
+        size, mean, matrix = self._pooled
+        self._store(Covariance(mean, matrix, size, mean), None)
+        self._pooled = None
+        return True
+
+    def _store(self, found: Covariance, w: Tensor | None) -> None:
+        """Blend a batch's statistics into the buffers, by whole groups.
+
+        A group whose statistics are not all finite is left alone, and its channels are counted.
+        """
+        square = found.matrix
+        if self.stored == "matrix":
+            if w is None:
+                new, finite = self._matrix(found.matrix)
+                w = torch.where(finite, new, torch.nan)
+            square = w
+        both = torch.cat([found.mean, square], -1)
+        finite = both.isfinite().all(-1).all(-1).view(-1, 1, 1)
+        # The covariance of a single member is 0 whatever the data are like.
+        present = (torch.as_tensor(found.size, device=both.device) >= 2).expand_as(finite)
+        self.skipped_updates.add_((present & ~finite).sum() * both.shape[1])
+        self.num_batches_tracked.add_(present.any())
+        momentum = getattr(self.statistics, "momentum", None)
+        for name, value in zip(self.stored_names, (found.mean, square), strict=True):
+            buffer = getattr(self, name).view_as(value)
+            count = self.num_batches_tracked.to(buffer.dtype)
+            weight = 1 / count if momentum is None else momentum
+            st.blend(buffer, value, weight, finite & present)
+
+    def _check_members(self, layout: Layout) -> None:
+        """Refuse, or warn of, areas of one member, which come out as zero whatever they held."""
+        if layout.members != 1 or self.statistics.reduce is not None:
+            return
+        if self.partition.mixes_samples():
+            raise ValueError(
+                f"{self} in training mode needs more than one member an area; received shape "
+                f"{layout.shape}, whose areas have 1, so that the output would be constant. "
+                "Use larger batches, a method that does not share statistics between samples "
+                "(layer, group, group_whitening), or stored statistics: "
+                "nl.statistics(model, use='stored', update=False)."
+            )
+        if not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            warnings.warn(
+                f"{self} on shape {layout.shape}: areas have one member, so that the output is "
+                "the shift alone and what the input held is lost. Use fewer groups.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def extra_repr(self) -> str:
+        """Print the pattern in force and the options that matter."""
+        parts = [str(self.num_channels), str(self.partition), f"groups={self.groups}"]
+        parts += [f"eps={self.operation.eps}"] + ([self._shown] if self._shown else [])
+        if self.stored_names:
+            momentum = getattr(self.statistics, "momentum", None)
+            parts += [f"momentum={momentum}", f"stored={self.stored}"]
+        r = self.recovery
+        parts += [] if r.scale and r.shift else [f"scale={r.scale}, shift={r.shift}"]
+        parts += ["channel_dim=-1"] if self.channel_dim == -1 else []
+        policies = {"use": self._use, "update": self._update}
+        parts += [f"{k}={v}" for k, v in policies.items() if v != "auto"]
+        return ", ".join(parts)
+
+
+def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """y in the memory format of x."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.ndim in formats and not transformed(x) and not x.is_contiguous():
+        wanted = formats[x.ndim]
+        if x.is_contiguous(memory_format=wanted):
+            return y.contiguous(memory_format=wanted)
+    return y.contiguous()
