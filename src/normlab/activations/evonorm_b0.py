@@ -120,7 +120,7 @@ class EvoNormB0(StoringLayer):
         if self._uses_stored:  # from before the update below
             moment = self._from_stored(layout, self.eps)[0].moment
             assert moment is not None
-            stored = hold(moment)
+            stored = hold(moment) if self._measures else moment
         if self._measures:
             if layout.members == 1:
                 raise ValueError(
