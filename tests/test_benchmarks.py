@@ -195,3 +195,22 @@ def test_every_experiment_is_a_comparison_that_can_be_planned(monkeypatch, tmp_p
         assert plan.runs_planned >= 3 * len(plan.normalizers)
         assert len(plan.seeds) >= 3
         assert plan.title
+
+
+def test_implicit_biases_show_in_a_short_run(tmp_path):
+    line = [sys.executable, str(BENCHMARKS / "rescaling.py"), "--steps", "20", "--seeds", "1"]
+    done = subprocess.run(
+        [*line, "--out", str(tmp_path)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["arm"]: row["curve"] for row in json.loads(
+        (tmp_path / "runs.json").read_text())["rows"]}  # fmt: skip
+    plain, decay, rescaled = (rows[arm] for arm in ("nothing", "weight decay", "rescaling"))
+    # Float32 sums over 784 pixels, and the projection's.
+    assert plain[-1]["outside_norm"] == pytest.approx(plain[0]["outside_norm"], rel=1e-4)
+    assert plain[-1]["norm_1"] > plain[0]["norm_1"] * 1.0001
+    shrunk = (1 - 0.1 * 5e-3) ** 20
+    assert decay[-1]["outside_norm"] == pytest.approx(shrunk * decay[0]["outside_norm"], rel=1e-4)
+    assert rescaled[-1]["norm_1"] == pytest.approx(rescaled[0]["norm_1"], rel=1e-5)
+    assert rescaled[-1]["outside_norm"] < rescaled[0]["outside_norm"] * 0.9999
+    assert "| rescaling |" in (tmp_path / "summary.md").read_text(encoding="utf-8")
