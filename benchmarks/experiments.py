@@ -27,7 +27,7 @@ EXPERIMENTS = {
     "fashion-mini-ic": (
         "The independent-component layer and the usual order, ResNet-20",
         "--normalizers batch ic ic:composition=ic-conv-relu ic:composition=conv-relu-ic "
-        "--network resnet20 --epochs 2 --tune-epochs 0.5 --lrs 0.01 0.03 0.1 0.3 --points 8",
+        "--network resnet20 --epochs 2 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 1 --points 8",
     ),
     "fashion-mini-ic-deep": (
         "The independent-component layer and the usual order, ResNet-56",
