@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import normlab as nl
 from activations.cases import build, sample
@@ -178,6 +179,16 @@ def test_only_the_input_is_kept(name):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(x)
     assert kept <= 1.1 * x.numel()
+
+
+@pytest.mark.parametrize("name", ["evonorm_b0", "evonorm_s0", "iterative"])
+def test_activation_checkpointing(name):
+    """It lets a backward pass read what was saved once, and no more."""
+    layer = nl.norm(name, 6).double()
+    a, b = (sample((8, 6, 5)).requires_grad_() for _ in range(2))
+    checkpoint(layer, a, use_reentrant=False).pow(3).sum().backward()
+    layer(b).pow(3).sum().backward()
+    assert torch.equal(a.grad, b.grad)
 
 
 @pytest.mark.parametrize("name", ["evonorm_b0", "evonorm_s0"])

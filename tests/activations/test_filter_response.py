@@ -10,6 +10,7 @@ from torch.func import functional_call
 import normlab as nl
 from activations.cases import arrays, build, sample
 from normlab.core.card import invariances
+from normlab.core.operation import LearnedEps
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}  # float64 rounding of two orders of the same sums
 VARIANTS = [{"over": over, **groups, "centered": centered}
@@ -113,6 +114,32 @@ def test_the_gradient_of_the_learned_eps(eps_l):
     u = w * x / (x * x + 1e-6 + eps.abs()).sqrt() + b
     want = torch.autograd.grad(torch.maximum(u, t).pow(2).sum(), eps)[0]
     torch.testing.assert_close(got, want, **TIGHT)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("recovery", [nl.Affine(), nl.Affine(scale=False, shift=False), nl.TLU()])
+def test_the_gradient_of_the_learned_eps_beside_stored_statistics(recovery, p):
+    """As where batch normalization with such an ε is tuned with its statistics held."""
+    operation = nl.Standardize(eps=LearnedEps(init=0.1), p=p)
+    layer = nl.Normalize(6, "n c * -> c (n *)", operation=operation, statistics=nl.Running(),
+                         recovery=recovery).double()  # fmt: skip
+    layer(sample((8, 6, 5)))
+    layer.eval()
+    x, parameters = sample((4, 6, 3), seed=1).requires_grad_(), tuple(layer.parameters())
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    mask[1, 1:] = False
+    got = torch.autograd.grad(layer(x, mask).pow(3).sum(), (x, *parameters))
+    with nl.kernels.backend("reference"):
+        want = torch.autograd.grad(layer(x, mask).pow(3).sum(), (x, *parameters))
+    torch.testing.assert_close(got, want, **TIGHT)
+    named = dict(layer.named_parameters())
+
+    def function(eps):
+        return functional_call(layer, {**named, "eps_learned": eps}, (x, mask))
+
+    eps = named["eps_learned"]
+    assert torch.autograd.gradcheck(function, eps, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, eps)
 
 
 # --- The affine TLU -----------------------------------------------------------------------------

@@ -77,6 +77,18 @@ def test_a_channel_or_a_sample_of_zeros_has_finite_gradients():
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("mask", [None, torch.tensor([[True], [False]]).expand(2, 5)])
+def test_a_sample_without_energy_is_left_alone_without_eps_too(mask):
+    layer, x = build("global_response", {"eps": 0.0}), sample((2, 6, 5))
+    x = (x if mask is not None else x * torch.tensor([1.0, 0.0]).view(2, 1, 1)).requires_grad_()
+    y = layer(x, mask)
+    expected = layer.bias[:, None].expand(6, 5) if mask is None else torch.zeros(6, 5).double()
+    assert torch.equal(y[1], expected)
+    y.pow(2).sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
 def test_exact_laws():
     """At ε = 0 and β = 0: the shares of a sample have mean 1, and f(a·x) = a·f(x) per sample."""
     layer, x = build("global_response", {"eps": 0.0}), sample((8, 6, 5))

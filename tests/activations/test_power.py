@@ -146,19 +146,21 @@ def test_a_backward_pass_may_be_repeated():
     assert torch.equal(first, torch.autograd.grad(y, x)[0])
 
 
-# Torch's own, where a graph is broken at a tensor that is no leaf.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_gradients_are_those_of_eager():
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler itself
+def test_compiled_gradients_are_those_of_eager_in_one_graph():
+    """Two passes forward before those backward: each has the statistics of its own forward pass."""
+    torch._dynamo.reset()
     results = []
     for backend in (None, "aot_eager"):
         layer = made(warmup=1)
-        call = layer if backend is None else torch.compile(layer, backend=backend)
+        call = layer if backend is None else torch.compile(layer, backend=backend, fullgraph=True)
         found = []
         for step in range(4):
-            x = data(step).requires_grad_()
-            y = call(x)
-            y.backward(data(step + 50))
-            found += [y.detach(), x.grad]
+            xs = [data(2 * step + i).requires_grad_() for i in range(2)]
+            ys = [call(x) for x in xs]
+            for i, y in enumerate(ys):
+                y.backward(data(50 + 2 * step + i))
+            found += [y.detach() for y in ys] + [x.grad for x in xs]
         results.append([*found, *(b.clone() for b in layer.buffers())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)  # float64, another order

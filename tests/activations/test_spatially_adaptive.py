@@ -145,6 +145,12 @@ def test_a_mask_and_channels_last():
     torch.testing.assert_close(other.movedim(-1, 1), y, **TIGHT)
 
 
+def test_instances_share_nothing_between_processes():
+    layer = nl.SpatiallyAdaptiveNorm(6, over="instance", reduce=lambda total: 2 * total + 1)
+    x = sample((4, 6, 5, 3))
+    assert torch.equal(layer(x), nl.SpatiallyAdaptiveNorm(6, over="instance")(x))
+
+
 def test_low_precision():
     layer, x, m = build().float(), sample((4, 6, 4, 6)).bfloat16(), one_hot((4, 4, 6)).bfloat16()
     y = layer(x, segmentation=m)

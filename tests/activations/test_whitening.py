@@ -206,6 +206,17 @@ def test_zca_is_the_symmetric_whitening_and_the_nearest():
         assert nearest < ((q @ w @ z - z) ** 2).sum()
 
 
+def test_cholesky_without_eps_needs_channels_that_vary():
+    """Fewer members than channels leave a factor, as rounding is allowed for."""
+    layer = nl.CholeskyWhitening(12, 2, eps=0.0).double()
+    assert layer(sample((4, 12))).isfinite().all()
+    x = sample((4, 12, 5))
+    x[:, 3] = 2.0
+    y = layer(x)
+    assert y[:, :6].isnan().all()
+    assert y[:, 6:].isfinite().all()
+
+
 def test_cholesky_is_lower_triangular_and_blind_to_the_scale_of_channels():
     x = sample((8, C, 5))
     w = matrix("cholesky", x)

@@ -132,7 +132,7 @@ CARD = Card(
     limits=(
         "outputs depend on the order of the channels",
         "outputs are white only where a batch has many more members than a group has channels",
-        "eps=0 with fewer members than channels leaves no factor, and NaN comes out",
+        "eps=0 with a channel that is constant leaves no factor, and NaN comes out of its group",
         "the paper's colouring matrix is not part of it",
     ),
     use_when="A cheap exact whitening with smooth gradients; generative adversarial networks.",

@@ -13,7 +13,6 @@ from normlab.activations.evonorm_s0 import (
     finished,
     options_shown,
     parameters,
-    recomputed,
     spread,
 )
 from normlab.core.card import Card, invariances
@@ -23,6 +22,7 @@ from normlab.core.partition import Layout, partition
 from normlab.core.statistics import Current, Running
 from normlab.core.stored import StoringLayer
 from normlab.kernels.hold import hold
+from normlab.kernels.recompute import recomputed
 from normlab.kernels.reference import Moments, accumulated, deviation, masked, moments
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,75 +13,10 @@ from normlab.core.card import Card
 from normlab.core.checks import check_channels, check_input
 from normlab.core.operation import Operation, Scale
 from normlab.core.partition import partition
-from normlab.kernels import dispatch
-from normlab.kernels import reference as plain
-from normlab.kernels.reference import Moments, accumulated, deviation, masked
+from normlab.kernels.recompute import recomputed
+from normlab.kernels.reference import Moments, accumulated, deviation, masked, moments
 
 EvoNorm = Literal["evonorm"]
-
-
-class _Recomputed(torch.autograd.Function):
-    """y = f(tensors), keeping the tensors alone: derivatives compute f again from them."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-        return function(*tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.function, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def _pulled(ctx: Any) -> tuple[list[int], list[Tensor], Callable[[Tensor], tuple[Tensor, ...]]]:
-        """The tensors that have derivatives, where they stand, and the product with Jᵀ."""
-        saved = list(ctx.saved_tensors)
-        at = [i for i, t in enumerate(saved) if t is not None and t.is_floating_point()]
-        inputs = [saved[i] for i in at]
-
-        def function(*values: Tensor) -> Tensor:
-            given = list(saved)
-            for i, value in zip(at, values, strict=True):
-                given[i] = value
-            return cast(Tensor, ctx.function(*given))
-
-        return at, inputs, cast(Any, torch.func.vjp(function, *inputs))[1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        at, _, pull = _Recomputed._pulled(ctx)
-        out: list[Tensor | None] = [None] * (1 + len(ctx.saved_tensors))
-        for i, gradient in zip(at, pull(grads[0]), strict=True):
-            out[1 + i] = gradient
-        return tuple(out)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        # J·t is the gradient of ⟨Jᵀ·g, t⟩ at g, whatever g: forward mode does not nest everywhere.
-        at, inputs, pull = _Recomputed._pulled(ctx)
-        t = [tangents[1 + i] for i in at]
-        t = [torch.zeros_like(x) if d is None else d for x, d in zip(inputs, t, strict=True)]
-        output = ctx.function(*ctx.saved_tensors)
-        push = cast(Any, torch.func.vjp(pull, torch.zeros_like(output)))[1]
-        return cast(Tensor, push(tuple(t))[0])
-
-
-def recomputed(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-    """function(*tensors), of which the backward pass keeps nothing but its arguments.
-
-    Args:
-        function: Differentiable, without random numbers or side effects.
-        *tensors: Its arguments; those of other dtypes than floating-point ones get no gradient.
-
-    Returns:
-        Its value.
-    """
-    if dispatch.implementation() is plain:  # the compiler decides itself what to keep
-        return function(*tensors)
-    return cast(Tensor, _Recomputed.apply(function, *tensors))  # type: ignore[no-untyped-call]
 
 
 def spread(given: Moments, operation: Operation, eps: float, bessel: bool) -> Tensor:
@@ -173,7 +108,7 @@ class EvoNormS0(nn.Module):
         ) -> Tensor:  # fmt: skip
             y = masked(accumulated(x), mask)
             if v is not None:
-                given = plain.moments(x, dims, operation, mask)
+                given = moments(x, dims, operation, mask)
                 y = y * torch.sigmoid(v * y) / spread(given, operation, eps, bessel)
             return finished(y, weight, bias, mask).to(x.dtype)
 

@@ -59,7 +59,9 @@ class GlobalResponseNorm(nn.Module):
         positions = [d for d in range(1, x.ndim) if d != channel]
         # Its gradient at a channel of zeros is 0, where that of a root of a sum would be NaN.
         norm = torch.linalg.vector_norm(xa, 2, positions, keepdim=True) if positions else xa.abs()
-        share = norm / (norm.mean(channel, keepdim=True) + self.eps)
+        # A sample of zeros has shares of 0, with ε = 0 too.
+        least = torch.finfo(norm.dtype).tiny
+        share = norm / (norm.mean(channel, keepdim=True) + self.eps).clamp(min=least)
         shape = [1] * x.ndim
         shape[channel] = -1
         # x·(1 + γ·N): of x's size only x itself is kept for the gradient.

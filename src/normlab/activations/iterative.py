@@ -12,7 +12,7 @@ from normlab.core.card import Card, Invariance
 from normlab.core.recovery import Affine
 from normlab.core.statistics import Reduce, Running
 from normlab.core.whitening import Stored, Whiten, width_groups
-from normlab.kernels.whiten import recomputed
+from normlab.kernels.recompute import recomputed
 
 
 def newton(a: Tensor, iterations: int) -> Tensor:

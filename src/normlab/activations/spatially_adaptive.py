@@ -40,7 +40,8 @@ class SpatiallyAdaptiveNorm(Normalize):
         eps: ε.
         momentum: Weight of the newest batch; None for the average of all batches.
         channel_dim: 1, or −1 for (…, C); of x and the segmentation alike.
-        reduce: `AllReduce()` shares batch statistics between processes, as the authors do.
+        reduce: `AllReduce()` shares batch statistics between processes, as the authors do; those
+            of an instance are its own.
 
     Shape:
         x (N, C, *), and ``segmentation=`` of shape (N, L, *), floats (one-hot labels, or any
@@ -82,7 +83,7 @@ class SpatiallyAdaptiveNorm(Normalize):
             num_channels,
             _PATTERNS[over],
             operation=Standardize(eps=eps),
-            statistics=Running(momentum, reduce) if over == "batch" else Current(reduce),
+            statistics=Running(momentum, reduce) if over == "batch" else Current(),
             recovery=NoRecovery(),
             channel_dim=channel_dim,
         )

@@ -32,7 +32,8 @@ class SwitchableNorm(Normalize):
     whole layer, initially ⅓ each. μ_k and σ²_k are the mean and the biased variance of each map, of
     each sample, and of each channel over the batch; the latter two follow from those of the maps:
     σ²_layer = mean_c(σ²_instance + (μ_instance − μ_layer)²), and likewise over samples. Evaluation
-    takes running averages for the batch's part alone. Source: Luo, Ren, Peng, Zhang & Li 2018,
+    takes running averages for the batch's part alone, with the unbiased variance that
+    `BatchNorm` stores. Source: Luo, Ren, Peng, Zhang & Li 2018,
     arXiv 1806.10779, and the authors' code, which takes the unbiased variance of each map.
 
     Args:

@@ -179,9 +179,10 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         wg = sum_g if s.weight is None else sum_g * s.weight
         wgx = sum_gx if s.weight is None else sum_gx * s.weight
         dx, deps = _through_statistics(dx, s, total(wg, s.spec.dims), total(wgx, s.spec.dims))
+    elif isinstance(s.eps, Tensor) and s.moment is not None:
+        inside = s.spec.operation.power * (s.moment + s.eps)
+        deps = -(dx * s.shifted / inside).sum().to(s.eps.dtype).view(s.eps.shape)
     dx = masked(dx, s.mask).to(x.dtype)
-    if not isinstance(s.eps, Tensor):
-        deps = None
     return dx, None, None, dweight, dbias, dthreshold, deps, *([None] * 5), dslope
 
 

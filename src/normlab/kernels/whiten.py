@@ -7,7 +7,6 @@ stand on the last two axes, and areas before them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -271,49 +270,3 @@ def eigenpairs(a: Tensor) -> tuple[Tensor, Tensor]:
         return values + inside.diagonal(dim1=-2, dim2=-1), turned
     found: tuple[Tensor, Tensor] = _Eigen.apply(a, values, u)  # type: ignore[no-untyped-call]
     return found
-
-
-class _Recomputed(torch.autograd.Function):
-    """f(A), of which A alone is kept: derivatives compute f again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        return f(a)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, ctx.f = inputs
-        ctx.save_for_backward(a)
-        ctx.save_for_forward(a)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        pull = torch.func.vjp(ctx.f, *ctx.saved_tensors)[1]
-        return pull(grads[0])[0], None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        # The transpose of the transpose: torch nests no forward mode in forward mode.
-        (a,) = ctx.saved_tensors
-        y, pull, *_ = torch.func.vjp(ctx.f, a)
-        push = torch.func.vjp(lambda g: pull(g)[0], torch.zeros_like(y))[1]
-        tangent: Tensor = push(tangents[0])[0]
-        return tangent
-
-
-def recomputed(f: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
-    """Compute f(A) without keeping what lies between, which is computed again for derivatives.
-
-    Args:
-        f: A differentiable function.
-        a: A.
-
-    Returns:
-        f(A).
-    """
-    if torch.compiler.is_compiling():  # which decides by itself what to keep
-        return f(a)
-    out: Tensor = _Recomputed.apply(a, f)  # type: ignore[no-untyped-call]
-    return out
