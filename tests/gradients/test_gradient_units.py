@@ -8,6 +8,7 @@ from torch.nn.utils import parametrizations
 import normlab as nl
 from gradients.gradient_cases import backward, gradients, rewritten, sgd, small_model
 from normlab.gradients.units import Units, owned
+from normlab.weights import units as weight_units
 
 CLIP, CENTER = (nl.catalogue("gradient")[n] for n in ("adaptive_clip", "centralization"))
 
@@ -67,6 +68,16 @@ def test_units_of_layers(layer, expected):
         assert tuple(o.units.rows(o.parameter).shape) == (units, members)
         x = torch.randn_like(o.parameter)
         assert torch.equal(o.units.back(o.units.rows(x), x), x)
+
+
+@pytest.mark.parametrize("layer", [layer for layer, _ in LAYERS], ids=lambda x: type(x).__name__)
+def test_units_are_those_of_weight_methods(layer):
+    """Where both know a layer: they number a unit's members in the same order, too."""
+    if not isinstance(layer, weight_units.WEIGHT_LAYERS):
+        return
+    (weight,) = (o for o in owned(layer) if o.name == "weight")
+    x = torch.randn_like(weight.parameter)
+    assert torch.equal(weight.units.rows(x), weight_units.rows(x, weight_units.layout(layer)))
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -360,6 +360,17 @@ def test_spectral_advances_in_training_alone():
         spectral.advance(nn.Linear(3, 2))
 
 
+def test_spectral_starts_over_on_assigned_weights():
+    """u and v of another weight may make σ small, or negative."""
+    torch.manual_seed(0)
+    layer = nl.weight("spectral", nn.Linear(6, 4)).eval()
+    for value in (-layer.weight.detach(), torch.randn(4, 6), 1e3 * torch.randn(4, 6)):
+        layer.weight = value
+        sigma = torch.linalg.matrix_norm(layer.weight, 2)
+        # 15 iterations leave (σ₂/σ₁)^30 or so.
+        torch.testing.assert_close(sigma, torch.ones(()), rtol=0.02, atol=0)
+
+
 def test_spectral_forgets_what_diverged():
     layer = nl.weight("spectral", nn.Linear(6, 4))
     stage = layer.parametrizations.weight[0]

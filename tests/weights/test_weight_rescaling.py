@@ -105,6 +105,32 @@ def test_hidden_dependences():
     assert found(model, images()) == {}
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-4, 1e-6])
+def test_small_scales_of_branches(scale):
+    """The factor of a branch starts as small as 1e-6 in deep transformers; ε is as small."""
+
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+            self.scale = nn.Parameter(torch.full((8,), scale))
+
+        def forward(self, x):
+            return x + self.scale * self.b(torch.relu(self.a(self.norm(x))))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), Branch(), Branch(), nn.LayerNorm(8), nn.Linear(8, 3))
+    assert found(model, torch.randn(16, 4)) == {}
+    torch.manual_seed(0)
+    norms = [nl.norm("filter_response", 8, learned_eps=True) for _ in range(4)]
+    for norm in norms:
+        nn.init.constant_(norm.eps_learned, min(scale, 1e-4))
+    convs = [nn.Conv2d(8 if i else 3, 8, 3, padding=1, bias=False) for i in range(4)]
+    layers = [layer for pair in zip(convs, norms, strict=True) for layer in pair]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 3))
+    assert set(found(model, images()).values()) == {"filter"}
+
+
 def test_shared_weights():
     class Shared(nn.Module):
         def __init__(self, removed):
@@ -166,6 +192,15 @@ def test_the_test_changes_nothing():
     assert all(torch.equal(before[1][k], after[1][k]) for k in before[1])
     assert before[2:4] == after[2:4]
     assert torch.equal(before[4], after[4])
+
+
+def test_generators_of_other_devices_are_not_seeded(monkeypatch):
+    """A model tested on the CPU may be moved to an accelerator whose seed is set already."""
+    model, seeds = network("batch"), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(7)
+    assert set(found(model, images())) == CONVS
+    assert seeds == [7]
 
 
 def step(model, optimizer, x=None):
@@ -264,8 +299,55 @@ def test_a_step_that_raises_leaves_sound_groups():
     assert groups_of(optimizer) == before
     with pytest.raises(RuntimeError, match="on purpose"):
         optimizer.step(fails)
+    state = optimizer.state_dict()
+    assert [len(g["params"]) for g in state["param_groups"]] == [len(before[0][1])]
+    with pytest.raises(RuntimeError, match="on purpose"):
+        optimizer.step(fails)
+    optimizer.load_state_dict(state)
+    assert groups_of(optimizer) == before
+    with pytest.raises(RuntimeError, match="on purpose"):
+        optimizer.step(fails)
     rescaling.detach()
     assert groups_of(optimizer) == before
+
+
+def test_a_checkpoint_of_before_the_first_step():
+    """Going back to the start, as a search for a learning rate does."""
+    model = network("batch")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rescaling = nl.weight("rescaling", model).attach(optimizer)
+    start = copy.deepcopy(optimizer.state_dict())
+    step(model, optimizer)
+    optimizer.load_state_dict(start)
+    assert rescaling.scales is None
+    step(model, optimizer)
+    assert set(rescaling.scales) == CONVS
+    assert rescaling.steps == 1
+    assert not model._forward_pre_hooks
+
+
+def test_copies_are_attached_to_nothing():
+    """Not even while the model waits for its first batch; other hooks need not be copied."""
+
+    class Uncopied:
+        def log(self, *_):
+            pass
+
+        def __deepcopy__(self, memo):
+            raise TypeError("a log is not copied")
+
+    model = network("batch")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(Uncopied().log)
+    rescaling = nl.weight("rescaling", model).attach(optimizer)
+    twin, other = copy.deepcopy(model), copy.deepcopy(rescaling)
+    twin(images())
+    assert other._decay is None
+    assert not other._handles
+    assert rescaling._call is None
+    assert all(hook.__self__._call is None for hook in twin._forward_pre_hooks.values())
+    step(model, optimizer)
+    assert set(rescaling.scales) == CONVS
 
 
 @pytest.mark.parametrize("lazily", [True, False])

@@ -7,7 +7,9 @@ same random numbers in each forward pass. The names and classes of layers play n
 The test is made at parameters drawn for it, since what holds by structure holds for every
 parameter, while an actual network may hide a dependence: the last γ of a residual branch that
 starts at 0 makes every weight of the branch look invariant, and so does a bias that starts at 0.
-Candidates are drawn with variance c²·2/fan_in, other parameters are disturbed.
+Candidates are drawn with variance c²·2/fan_in, other parameters are disturbed, and small ones (the
+10⁻⁶ that scales a branch in deep transformers) raised to c/1000: a learned ε of that size still
+fades.
 
 ε makes normalizers inexact: the change it causes fades like ε/(c²·variance). Two sizes c tell it
 from a dependence: at c = 10 the change must be under `strict`, where saturated activations might
@@ -102,10 +104,28 @@ def captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return Call(mapped(args, taken), mapped(kwargs, taken), modes)
 
 
+def _accelerators(model: nn.Module) -> set[torch.device]:
+    return {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+
+
+def _seed(model: nn.Module) -> None:
+    """Seed what a forward pass might draw from, and what `same_random_state` puts back.
+
+    ``torch.manual_seed`` would seed accelerators that the model is not on as well.
+    """
+    torch.default_generator.manual_seed(0)
+    for device in _accelerators(model):
+        with torch.accelerator.device_index(device.index or 0):
+            torch.get_device_module(device).manual_seed(0)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
 @contextlib.contextmanager
 def same_random_state(model: nn.Module) -> Iterator[None]:
     """Put back every generator that a forward pass might draw from."""
-    places = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    places = _accelerators(model)
     kinds = sorted({d.type for d in places}) or ["cuda"]
     numpy = sys.modules.get("numpy")
     plain, arrays = random.getstate(), numpy.random.get_state() if numpy else None
@@ -208,10 +228,7 @@ class _Trial:
             count = len(rows) if kind == "filter" else 1
             drawn = torch.rand(count, 1, generator=self.factors, dtype=torch.float64, device="cpu")
             weight.copy_(at.undo(rows * (1.5 + 1.5 * drawn).to(rows.device)))
-        torch.manual_seed(0)
-        random.seed(0)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(0)
+        _seed(model)
         kind_of_device = next(iter(model.parameters())).device.type
         with torch.autocast(kind_of_device, enabled=False):
             given = mapped(self.call, lambda t: t.double() if t.is_floating_point() else t)
@@ -250,8 +267,9 @@ def _drawn(
             p.copy_(normal(p) * candidates[id(p)])
         elif p.is_floating_point():
             sign = normal(p).sign()
-            other = torch.where(p == 0, uniform(p, 0.5, 1) * sign, p * uniform(p, 0.75, 1.25))
-            p.copy_(other)
+            other = p * uniform(p, 0.75, 1.25)
+            other = torch.where(p.abs() < c / 1000, p.sign() * c / 1000, other)
+            p.copy_(torch.where(p == 0, uniform(p, 0.5, 1) * sign, other))
     return twin
 
 

@@ -23,8 +23,8 @@ class SpectralNorm(Parametrization):
 
     σ = uᵀ·V·v with u, v from power iteration, u ← V·v/‖V·v‖, v ← Vᵀ·u/‖Vᵀ·u‖, constants for the
     gradient. Reading the weight never changes u or v: they advance by `iterations` in each forward
-    pass of the layer in training mode, and by `advance`. Source: Miyato et al. 2018,
-    arXiv 1802.05957.
+    pass of the layer in training mode, by `advance`, and when the weight is assigned to.
+    Source: Miyato et al. 2018, arXiv 1802.05957.
 
     Args:
         layer: Linear, ConvNd or ConvTransposeNd.
@@ -65,6 +65,11 @@ class SpectralNorm(Parametrization):
             start = torch.randn(size, generator=draw, dtype=matrix.dtype, device="cpu")
             self.register_buffer(name, (start / start.norm()).to(matrix.device))
         self._iterate(matrix, _START)
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """Iterate on an assigned value; σ of another weight may be 0, or negative."""
+        self.advance(value, _START)
+        return value
 
     def compute(self, matrix: Tensor) -> Tensor:
         """V/σ."""
