@@ -116,3 +116,49 @@ def test_parameters_and_their_shapes():
     names = [n for n, _ in layer.named_parameters()]
     assert names == ["weight", "bias", "threshold", "eps_learned"]
     assert [p.shape for p in layer.double().parameters()] == [(6,), (6,), (6,), ()]
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY)
+def test_layers_made_on_the_meta_device_are_reset_to_what_they_start_from(name, options):
+    """As sharded training makes them: shapes first, then memory, then `reset_parameters`."""
+    fresh, another = nl.norm(name, 6, **options), nl.norm(name, 6, **options)
+    with torch.device("meta"):
+        layer = nl.norm(name, 6, **options)
+    layer.to_empty(device="cpu")
+    for tensor in layer.state_dict().values():
+        tensor.fill_(7)
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for key, value in fresh.state_dict().items():
+        if torch.equal(another.state_dict()[key], value):  # not drawn at random
+            assert torch.equal(layer.state_dict()[key], value), key
+
+
+# Recomputed passes see what the first pass stored, and these use it in training.
+OF_STORED = {
+    "batch_renorm": "r and d",
+    "power": "the running scale",
+    "online": "the running statistics",
+    "moving_average_batch": "the moving averages",
+    "cross_iteration_batch": "the window",
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("name", "options"), EVERY)
+def test_activation_checkpointing_counts_a_batch_once(name, options, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    plain = build(name, options)
+    again = copy.deepcopy(plain)
+    x, z = sample((8, 6, 5)).requires_grad_(), sample((8, 6, 5)).requires_grad_()
+    torch.manual_seed(0)
+    plain(x).pow(3).sum().backward()
+    torch.manual_seed(0)
+    checkpoint(again, z, use_reentrant=reentrant).pow(3).sum().backward()
+    if name in OF_STORED:
+        return
+    assert torch.equal(z.grad, x.grad)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key

@@ -23,7 +23,7 @@ from normlab.bench.stages import (
     trained,
     two_stages,
 )
-from normlab.networks import weight_layers
+from normlab.networks import DeepLinearPlan, weight_layers
 from normlab.networks.binary import binary_layers
 from normlab.networks.reactnet import BiRealPlan, ReActNetPlan
 
@@ -231,6 +231,13 @@ def test_released_latent_weights_are_drawn_from_the_seed():
     assert not same(first, other)
     found = torch.cat([layer.weight.flatten() for layer in binary_layers(first)])
     assert 0 <= found.min() < found.max() <= 1e-3
+
+
+def test_a_network_with_weights_of_its_own_starts_from_them():
+    plan = DeepLinearPlan(depth=2, width=200)
+    model = start(plan, nn.Identity, classes=200, image_shape=(1, 10, 20), seed=0)
+    # Glorot uniform: variance 2/(200 + 200), of 40000 numbers; torch's own would be a third less.
+    assert model.linear1.weight.var().item() == pytest.approx(1 / 200, rel=0.05)
 
 
 def test_a_loss_that_is_not_finite_is_divergence(samples, tmp_path):

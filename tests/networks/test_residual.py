@@ -29,8 +29,6 @@ def test_expected_variances_by_hand():
     # 1, then + α² a block; the third block is a transition, which starts at 1 and counts itself.
     found = list(expected_variances([False, False, True, False, False], 0.5))
     assert found == [1.0, 1.25, 1.5, 1.25, 1.5]
-    uncounted = list(expected_variances([False, True, False], 0.5, count_transition=False))
-    assert uncounted == [1.0, 1.25, 1.0]
     # NF-ResNets begin with a transition: nothing but the first block's own growth is left.
     assert list(expected_variances([True, False], 0.5)) == [1.0, 1.25]
 

@@ -19,6 +19,23 @@ from normlab.kernels.reference import accumulated
 from normlab.kernels.transforms import transformed
 
 
+class _ZeroTable(nn.Embedding):
+    """An embedding that starts at 0, by whomever it is reset."""
+
+    def reset_parameters(self) -> None:
+        """Set the table to 0."""
+        nn.init.zeros_(self.weight)
+
+
+class _ZeroMap(nn.Linear):
+    """A linear map that starts at 0, by whomever it is reset."""
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias to 0."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class ConditionalBatchNorm(Normalize):
     """y = (γ + Δγ(e))·(x − μ_c)/√(σ²_c + ε) + β + Δβ(e), with a condition e of each sample.
 
@@ -91,9 +108,9 @@ class ConditionalBatchNorm(Normalize):
         inputs, outputs = hidden or features, 2 * num_channels
         self.deltas: nn.Embedding | nn.Linear
         if inputs is None:
-            self.deltas = nn.Embedding(num_classes, outputs)
+            self.deltas = _ZeroTable(num_classes, outputs)
         else:
-            self.deltas = nn.Linear(inputs, outputs)
+            self.deltas = _ZeroMap(inputs, outputs)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -42,10 +42,18 @@ class Squashing(nn.Module):
         check_channels(num_channels, channel_dim)
         self.num_channels, self.channel_dim, self.function = num_channels, channel_dim, function
         self.initial_alpha, self.initial_shift = alpha, shift
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
-        self.shift = None if shift is None else nn.Parameter(torch.tensor(float(shift)))
-        self.weight = nn.Parameter(torch.ones(num_channels)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_channels)) if affine else None
+        self.alpha = nn.Parameter(torch.empty(()))
+        self.shift = None if shift is None else nn.Parameter(torch.empty(()))
+        self.weight = nn.Parameter(torch.empty(num_channels)) if affine else None
+        self.bias = nn.Parameter(torch.empty(num_channels)) if affine else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set parameters to their initial values."""
+        starts = {"alpha": self.initial_alpha, "shift": self.initial_shift, "weight": 1, "bias": 0}
+        for name, parameter in self.named_parameters(recurse=False):
+            parameter.fill_(float(starts[name] or 0))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Squash x; a mask only sets the positions where it is false to 0."""

@@ -13,6 +13,7 @@ from normlab.activations.evonorm_s0 import (
     finished,
     options_shown,
     parameters,
+    reset,
     spread,
 )
 from normlab.core.card import Card, invariances
@@ -83,6 +84,11 @@ class EvoNormB0(StoringLayer):
         self.eps_learned = None
         self.weight, self.bias, self.v = parameters(num_channels, affine, activation)
         self._register_stored(num_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set parameters and stored statistics to their initial values."""
+        reset(self)
         self.reset_running_stats()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

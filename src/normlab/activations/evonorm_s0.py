@@ -88,6 +88,11 @@ class EvoNormS0(nn.Module):
         self.partition = partition("n (g c) * -> (n g) (c *)")
         self.partition.bind((1, num_channels), sizes={"g": self.groups})
         self.weight, self.bias, self.v = parameters(num_channels, affine, activation)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set parameters to their initial values."""
+        reset(self)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize and activate x; see the class."""
@@ -132,10 +137,17 @@ def check_activation(activation: str | None) -> None:
 def parameters(
     channels: int, affine: bool, activation: EvoNorm | None
 ) -> tuple[nn.Parameter | None, nn.Parameter | None, nn.Parameter | None]:
-    """γ, β and v at their initial values."""
-    weight = nn.Parameter(torch.ones(channels)) if affine else None
-    bias = nn.Parameter(torch.zeros(channels)) if affine else None
-    return weight, bias, None if activation is None else nn.Parameter(torch.ones(channels))
+    """γ, β and v, to be filled by `reset`."""
+    weight = nn.Parameter(torch.empty(channels)) if affine else None
+    bias = nn.Parameter(torch.empty(channels)) if affine else None
+    return weight, bias, None if activation is None else nn.Parameter(torch.empty(channels))
+
+
+@torch.no_grad()
+def reset(layer: nn.Module) -> None:
+    """Set β to 0, γ and v to 1."""
+    for name, parameter in layer.named_parameters(recurse=False):
+        parameter.fill_(0.0 if name == "bias" else 1.0)
 
 
 def finished(y: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -46,8 +46,14 @@ class GlobalResponseNorm(nn.Module):
         if not 0 <= eps < float("inf"):
             raise ValueError(f"eps is a finite number of at least 0; received eps={eps}")
         self.num_channels, self.eps, self.channel_dim = num_channels, eps, channel_dim
-        self.weight = nn.Parameter(torch.zeros(num_channels))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
+        self.weight = nn.Parameter(torch.empty(num_channels))
+        self.bias = nn.Parameter(torch.empty(num_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set γ and β to 0."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Raise strong channels and lower weak ones; see the class."""

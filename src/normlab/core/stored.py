@@ -107,9 +107,13 @@ class StoringLayer(nn.Module):
 
     @property
     def _updates(self) -> bool:
-        """Whether this forward pass changes stored statistics, or pools for it."""
+        """Whether this forward pass changes stored statistics, or pools for it.
+
+        A forward pass inside a backward pass recomputes what activation checkpointing dropped; its
+        statistics have been counted.
+        """
         policy = self.training if self._update == "auto" else self._update
-        return bool(policy) and bool(self.stored_names)
+        return bool(policy) and bool(self.stored_names) and not _in_backward()
 
     @property
     def _least(self) -> int:
@@ -260,6 +264,11 @@ class StoringLayer(nn.Module):
             if torch.finfo(new.dtype).bits < 32:
                 setattr(self, name, old.to(new.device, torch.float32))
         return self
+
+
+def _in_backward() -> bool:
+    """Whether autograd's engine is at work; a compiler plans recomputation by itself."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from .gpt import Gpt
 from .imported import source_digest
 from .mlp import MlpPlan
 from .plan import ImageShape, NetworkError, NormFactory, Plan
+from .reactnet import BiRealPlan, ReActNetPlan
 from .resnet import ResNetPlan
 from .shift import Shift, variance_shift
 from .spec import build, describe, names, parse
@@ -18,6 +19,7 @@ from .vit import VitPlan
 from .weights import align, initialize, weight_layers
 
 __all__ = [
+    "BiRealPlan",
     "CnnPlan",
     "DeepLinearPlan",
     "Gpt",
@@ -26,6 +28,7 @@ __all__ = [
     "NetworkError",
     "NormFactory",
     "Plan",
+    "ReActNetPlan",
     "ResNetPlan",
     "Shift",
     "VggPlan",

@@ -12,6 +12,10 @@ Every one-bit convolution has a shortcut of its own. One unit serves all network
 
 First convolution and classifier keep real weights. Averages of a halving unit's shortcut and the
 PReLU change the variance as well; the papers' bookkeeping leaves that out, and so does this one.
+It expects too much: of a centered Gaussian sum, a PReLU of slope 1/4 leaves 17/32 of the second
+moment; the variance of a one-bit branch is 2/π where latent weights are normal; and the first
+convolution, with weights of mean 0, hardly sees what neighboring pixels share. Norm-free networks
+therefore begin with small features, which gains, slopes and classifier have to outgrow.
 """
 
 from __future__ import annotations
@@ -21,12 +25,15 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .binary import LATENTS, BinaryConv2d, RPReLU, RSign, ScaledStdConv2d
+from . import scaling
+from .binary import LATENTS
+from .one_bit import Style, Unit
 from .plan import ImageShape, NetworkError, NormFactory, check_choice, check_size
-from .units import bare, classifier, goes_before_weight, make, needs_bias
+from .units import classifier
+
+__all__ = ["BiRealPlan", "ReActNetPlan", "Unit", "expected_variances"]
 
 ALPHA = 0.2
 STEMS = ("cifar", "imagenet")
@@ -62,136 +69,19 @@ def expected_variances(
         >>> [round(v, 2) for v in expected_variances("18", (2, 3), bookkeeping="released")]
         [1.0, 1.0, 1.04, 1.0, 1.04]
     """
-    found, variance, gained, units = [], 1.0, alpha**2, 2 if layout == "a" else 1
-    for stage, blocks in enumerate(stages):
-        for unit in range(blocks * units):
-            halves = stage > 0 and unit == 0
-            found.append(variance)
-            if bookkeeping == "exact":
-                variance = (1.0 if halves else variance) + gained
-            elif layout == "a":
-                # The transition's second unit is followed by the reset, its first is not.
-                variance = 1.0 if stage > 0 and unit == 1 else variance + gained
-            elif halves or unit == 0:
-                variance = 1.0
-            else:
-                variance += gained
+    units = 2 if layout == "a" else 1
+    places = [
+        (stage, unit) for stage, blocks in enumerate(stages) for unit in range(blocks * units)
+    ]
+    if bookkeeping == "exact":
+        return list(scaling.expected_variances([s > 0 and u == 0 for s, u in places], alpha))
+    found, variance = [], 1.0
+    for stage, unit in places:
+        found.append(variance)
+        # In "a" the second unit of a transition is followed by the reset, the first is not.
+        resets = stage > 0 and unit == 1 if layout == "a" else unit == 0
+        variance = 1.0 if resets else variance + alpha**2
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Style:
-    """What the units of one network have in common.
-
-    Attributes:
-        norm: The normalizer's factory.
-        norm_free: Whether weights are standardized, with gains.
-        alpha: α; 1 where not norm_free.
-        shifts: Whether signs have thresholds and sums an RPReLU, as in ReActNet.
-        downsample: ``"real"`` or ``"binary"`` 1×1 convolutions in shortcuts.
-        zero: sign(0).
-        latent: How one-bit weights' real values are drawn.
-    """
-
-    norm: NormFactory
-    norm_free: bool
-    alpha: float
-    shifts: bool
-    downsample: str
-    zero: int
-    latent: str
-
-    def norms(self, inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
-        """The normalizers before the sign and after the convolution, one of them empty."""
-        if goes_before_weight(make(self.norm, inputs)):
-            return bare(self.norm, inputs), nn.Identity()
-        return nn.Identity(), bare(self.norm, outputs)
-
-    def conv(
-        self, inputs: int, outputs: int, kernel: int, stride: int, after: nn.Module, binary: bool
-    ) -> nn.Conv2d:
-        """A convolution, with a bias only where nothing after it shifts."""
-        sizes = (inputs, outputs, kernel, stride, kernel // 2)
-        if binary:
-            return BinaryConv2d(
-                *sizes,
-                bias=not self.shifts and needs_bias(after),
-                standardize=self.norm_free,
-                zero=self.zero,
-                latent=self.latent,
-            )
-        if self.norm_free:
-            return ScaledStdConv2d(*sizes, bias=not self.shifts)
-        return nn.Conv2d(*sizes, bias=needs_bias(after) and not self.shifts)
-
-
-class Unit(nn.Module):
-    """One-bit convolution with a shortcut of its own.
-
-    Args:
-        style: What the network's units share.
-        inputs: Channels C.
-        outputs: Channels D: C, or 2C.
-        kernel: Side length.
-        stride: 1, or 2 for a unit that halves the maps.
-        split: Whether D = 2C comes from two convolutions, each added to the same input and then
-            concatenated (ReActNet-A), instead of one and a 1×1 convolution in the shortcut.
-        variance: Expected variance of the input.
-
-    Attributes:
-        alpha: α.
-        beta: β = 1/√variance.
-
-    Shape:
-        (N, C, H, W) → (N, D, H, W), or (N, D, ⌈H/2⌉, ⌈W/2⌉).
-    """
-
-    def __init__(
-        self,
-        style: Style,
-        inputs: int,
-        outputs: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        split: bool = False,
-        variance: float = 1.0,
-    ) -> None:
-        super().__init__()
-        each = inputs if split else outputs
-        self.alpha, self.beta, self.halves = style.alpha, 1 / math.sqrt(variance), stride == 2
-        self.before = style.norms(inputs, each)[0]
-        self.sign = RSign(inputs, zero=style.zero, shift=style.shifts)
-        self.branches = nn.ModuleList()
-        for _ in range(outputs // each):
-            after = style.norms(inputs, each)[1]
-            conv = style.conv(inputs, each, kernel, stride, after, binary=True)
-            self.branches.append(nn.Sequential(OrderedDict(conv=conv, after=after)))
-        self.shortcut = nn.Sequential()
-        if stride == 2:
-            # Rounds up like the convolution; windows at an odd border average what they hold.
-            self.shortcut.add_module("pool", nn.AvgPool2d(2, ceil_mode=True))
-        if each != inputs:
-            before, after = style.norms(inputs, each)
-            binary = style.downsample == "binary"
-            conv = style.conv(inputs, each, 1, 1, after, binary)
-            self.shortcut.add_module("before", before)
-            self.shortcut.add_module("conv", conv)
-            self.shortcut.add_module("after", after)
-        self.act: nn.Module = RPReLU(outputs) if style.shifts else nn.Identity()
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Add each branch to the shortcut, and concatenate where there are two."""
-        scaled = x_NCHW if self.beta == 1 else x_NCHW * self.beta
-        signs = self.sign(self.before(scaled))
-        short = self.shortcut(scaled if self.halves else x_NCHW)
-        sums = [torch.add(short, branch(signs), alpha=self.alpha) for branch in self.branches]
-        y: Tensor = self.act(torch.cat(sums, 1) if len(sums) > 1 else sums[0])
-        return y
-
-    def extra_repr(self) -> str:
-        """The factors, where there are any."""
-        return "" if self.alpha == self.beta == 1 else f"alpha={self.alpha:g}, beta={self.beta:.4f}"
 
 
 def _network(
@@ -376,6 +266,7 @@ class ReActNetPlan:
         NetworkError: An option is outside its range.
 
     Example:
+        >>> import torch
         >>> plan = ReActNetPlan(layout="18", width=8, stages=2, blocks=1)
         >>> plan.describe()
         'ReActNet-18 [1,1], width 8'

@@ -12,9 +12,7 @@ import torch
 from torch import nn
 
 
-def expected_variances(
-    transitions: Iterable[bool], alpha: float, *, count_transition: bool = True
-) -> Iterator[float]:
+def expected_variances(transitions: Iterable[bool], alpha: float) -> Iterator[float]:
     """Expected variance of each block's input in a network of blocks h + α·f(h/√variance).
 
     A branch of unit variance adds α². A transition reads the scaled input on its shortcut as well,
@@ -23,8 +21,6 @@ def expected_variances(
     Args:
         transitions: for each block, whether its shortcut changes the shape.
         alpha: α.
-        count_transition: whether a transition adds α². False is what the released code of
-            2104.08215 does in its ResNet.
 
     Yields:
         The variance, block by block; 1 for the first.
@@ -36,10 +32,7 @@ def expected_variances(
     variance = 1.0
     for transition in transitions:
         yield variance
-        if transition:
-            variance = 1.0
-        if count_transition or not transition:
-            variance += alpha**2
+        variance = (1.0 if transition else variance) + alpha**2
 
 
 class Scale(nn.Module):
