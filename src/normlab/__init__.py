@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from normlab.core.card import Card as Card
     from normlab.core.card import Invariance as Invariance
     from normlab.core.layer import Normalize as Normalize
+    from normlab.core.link import link as link
     from normlab.core.operation import Center as Center
     from normlab.core.operation import LearnedEps as LearnedEps
     from normlab.core.operation import Operation as Operation
@@ -70,7 +71,6 @@ if TYPE_CHECKING:
     from normlab.core.statistics import Running as Running
     from normlab.core.statistics import statistics as statistics
     from normlab.discovery import catalogue as catalogue
-    from normlab.core.link import link as link
     from normlab.discovery import norm as norm
     from normlab.gradients.apply import gradient as gradient
     from normlab.weights.apply import unweight as unweight
