@@ -136,6 +136,37 @@ def test_policies_and_what_is_not_finite():
     assert int(net[1].recorded) == 0
 
 
+def test_micro_batches_that_wait_for_commit_are_not_recorded():
+    net = made(window=3)
+    with nl.statistics(net, update="accumulate"):
+        net(data(0))
+        assert nl.statistics.commit(net) == 1
+    assert int(net[1].recorded) == 0
+
+
+def test_masked_positions_count_for_nothing():
+    net, x = made(window=3), data(1)
+    nets = [net, copy.deepcopy(net)]
+    mask = torch.zeros(2, 6, 5, dtype=torch.bool)
+    mask[:, :, :3] = True
+    for _ in range(2):
+        u, v = (net[0](x) for net in nets)
+        y, alone = nets[0][1](u, mask=mask), nets[1][1](v[..., :3])
+    torch.testing.assert_close(y[..., :3], alone, rtol=1e-10, atol=1e-12)  # float64 rounding
+    assert y[..., 3:].eq(0).all()
+
+
+def test_loading_empties_the_history():
+    """It belongs to weights that are gone: the first pass afterwards is batch normalization."""
+    net, fresh = made(window=3), made(window=3)
+    with torch.no_grad():
+        fresh[0].weight.mul_(-30)
+    for step in range(3):
+        net(data(step))
+    net.load_state_dict(fresh.state_dict())
+    assert torch.equal(net(data(4)), fresh(data(4)))
+
+
 @pytest.mark.parametrize("spec", ["mlp:depth=2", "cnn:depth=3", "resnet8"])
 def test_networks_train_and_their_copies_are_linked_among_themselves(spec):
     def build():

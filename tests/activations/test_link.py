@@ -167,6 +167,16 @@ def test_arithmetic_and_unknown_terms():
     assert model.second.before is not None
 
 
+class Weighted(Branches):
+    def forward(self, x):
+        y = self.first(x)
+        return self.third(self.second(torch.add(y, self.conv(y), alpha=2)))
+
+
+def test_weighted_sums_are_not_taken_for_sums():
+    assert nl.link(Weighted(), torch.randn(4, 3, 5))["second"] == "?"
+
+
 # --- Propagation, with given samples --------------------------------------------------------------
 
 
@@ -205,6 +215,25 @@ def _hole():
     from normlab.core.link import _Hole
 
     return _Hole()
+
+
+def test_propagation_calls_no_hooks():
+    source, _, _ = published()
+    conv, calls = nn.Conv2d(3, 4, 3).double(), []
+    conv.register_forward_hook(lambda *given: calls.append(given))
+    propagate(Step(source, conv, "conv", (4, 4, 3)), 1, noise)
+    assert not calls
+
+
+@pytest.mark.parametrize(("shape", "maps"), [((3,), 64), ((3, 8, 8), 1)])
+def test_how_many_samples_are_drawn_and_that_constant_channels_have_a_gradient(shape, maps):
+    source, _, variance = published(shape)
+    variance.zero_().requires_grad_()
+    drawn = []
+    node = Step(source, "relu", "relu", shape, args=(_hole(),))
+    propagate(node, 1, lambda s: drawn.append(s) or noise(s))[0].sum().backward()
+    assert drawn == [(maps, *shape)]
+    assert variance.grad.isfinite().all()
 
 
 def test_without_an_activation_the_closed_form_is_met():

@@ -88,6 +88,14 @@ def test_training_and_evaluation_beside_the_formulas(guard):
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
+def test_the_gradient_of_evaluation_is_exact():
+    layer = made(momentum=0.1)
+    layer(data(1).requires_grad_()).pow(3).sum().backward()
+    assert layer.control_product.ne(0).all()
+    layer.eval()
+    assert torch.autograd.gradcheck(layer, data(2).requires_grad_(), fast_mode=True)
+
+
 def test_a_batch_is_its_samples_one_by_one():
     whole, alone, x, g = made(), made(), data(1), data(2)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -123,8 +131,10 @@ def test_policies():
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
     parts, whole, x = made(momentum=0.1), made(momentum=0.1), data(3)
     with nl.statistics(parts, update="accumulate"):
-        y = torch.cat([parts(part) for part in x.split(2)])
+        y = torch.cat([parts(part.clone().requires_grad_()) for part in x.split(2)])
+        y.pow(3).sum().backward()
         assert parts.running_mean.eq(0).all()
+        assert parts.control_product.eq(0).all()
         assert nl.statistics.commit(parts) == 1
         assert nl.statistics.commit(parts) == 0
     # Float64 rounding.

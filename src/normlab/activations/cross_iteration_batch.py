@@ -37,7 +37,7 @@ class CrossIterationBatchNorm(Normalize):
     et al. 2020, arXiv 2002.05712.
 
     The history is kept from training passes that update statistics, and is not part of the state
-    dict: a resumed run collects it anew.
+    dict: loading one empties it, and a resumed run collects it anew.
 
     Args:
         num_channels: C.
@@ -119,8 +119,17 @@ class CrossIterationBatchNorm(Normalize):
     def reset_running_stats(self) -> None:
         """Set the stored statistics to mean 0, deviation 1, and forget the history."""
         super().reset_running_stats()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Empty the history, if there is one."""
         if "recorded" in self._buffers:
             cast(Tensor, self.recorded).zero_()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load, and forget the history: its weights are not near those that are loaded."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
 
     def _normalize(
         self, x: Tensor, mask: Tensor | None, measured: list[tuple[Layout, Moments]]

@@ -17,6 +17,7 @@ from normlab.core.layer import Normalize
 from normlab.core.operation import Operation, Scale
 from normlab.core.partition import Layout
 from normlab.core.recovery import Affine
+from normlab.kernels.hold import hold
 from normlab.kernels.reference import Moments, moments
 
 
@@ -143,7 +144,7 @@ class MovingAverageBatchNorm(Normalize):
         with torch.no_grad():
             given = moments(view.detach(), layout.member_dims, self.operation, mask)
             measured.append((layout, given))
-            step = self.num_batches_tracked + 1
+            step = hold(self.num_batches_tracked + 1)
             square = self._averaged(layout.sum_stored(cast(Tensor, given.moment)), step)
             eps = cast(float, self.eps)
             old = cast(Tensor, self.running_square).clone()
@@ -151,7 +152,10 @@ class MovingAverageBatchNorm(Normalize):
             r = torch.where(step <= max(self.renorm_after, self.warmup), 1.0, r)
             slot, rows = self._slot(step), cast(Tensor, self.window_product).clone()
             others = torch.where(slot, 0.0, rows).sum(0) / self.window
-        square, others, r = (layout.from_stored(s) for s in (square, others, r))
+            # Held as one: what the forward pass does not use, the compiler would read in the
+            # backward pass, after an update.
+            held = hold(torch.stack([square, others, r]))
+        square, others, r = (layout.from_stored(s) for s in held)
         weight, bias = (None if p is None else layout.per_channel(p)
                         for p in (self.weight, self.bias))  # fmt: skip
         weight = r if weight is None else weight * r
@@ -217,7 +221,6 @@ CARD = Card(
         "derivatives of higher order and in forward mode take stored statistics as constants",
         "the backward pass updates a stored statistic: training needs both passes",
         "removes no mean: the weights before it must be centered",
-        "torch.compile breaks the graph at this layer in training; fullgraph=True is refused",
         "micro-batches under update='accumulate' do not move the backward statistic",
     ),
     use_when="Batches of one to four samples, with centered convolutions.",

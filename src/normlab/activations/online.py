@@ -16,6 +16,7 @@ from normlab.core.operation import Operation, Standardize
 from normlab.core.partition import Layout
 from normlab.core.recovery import Affine
 from normlab.kernels.closed_form import sum_to
+from normlab.kernels.hold import hold
 from normlab.kernels.reference import Moments, accumulated, masked
 
 Guard = Literal["layer_scaling", "clamp"]
@@ -108,16 +109,12 @@ class OnlineNorm(Normalize):
         self, x: Tensor, mask: Tensor | None, measured: list[tuple[Layout, Moments]]
     ) -> Tensor:
         """Stream through the batch; the base's own update has nothing to do."""
-        if torch.compiler.is_compiling() and self._measures:
-            y: Tensor = torch.compiler.disable(self._stream)(x, mask)  # type: ignore[no-untyped-call]
-            return y
-        return self._stream(x, mask)
-
-    def _stream(self, x: Tensor, mask: Tensor | None) -> Tensor:
         first = x.movedim(self.channel_dim, 1)
         flat = first.reshape(*first.shape[:2], -1)
         valid = None if mask is None else mask.reshape(len(mask), 1, -1)
-        start = [cast(Tensor, getattr(self, name)).clone() for name in self.stored_names]
+        # Held as one: what the forward pass does not use, the compiler would read in the backward
+        # pass, after an update.
+        start = list(hold(torch.stack([cast(Tensor, getattr(self, n)) for n in self.stored_names])))
         if self._update == "accumulate" and self._pooled is not None and not self._uses_stored:
             start[:2] = self._pooled
         mean, variance = start[0][:, None], start[1][:, None]
@@ -133,7 +130,8 @@ class OnlineNorm(Normalize):
                           None if self._uses_stored else observe)  # fmt: skip
         weight, bias = (None if p is None else p[:, None] for p in (self.weight, self.bias))
         scale = (variance + eps).sqrt()
-        y: Tensor = _Online.apply(  # type: ignore[no-untyped-call]
+        function = _Traced if torch.compiler.is_compiling() else _Online
+        y: Tensor = function.apply(  # type: ignore[no-untyped-call]
             flat, weight, bias, mean, scale, start[2], start[3], valid, control
         )
         return y.reshape(first.shape).movedim(1, self.channel_dim)
@@ -224,10 +222,8 @@ def _scan(
     return (stacked[0], stacked[1]), (mean, variance)
 
 
-class _Online(torch.autograd.Function):
+class _Traced(torch.autograd.Function):
     """y = s(γ·(x − center)/scale + β) on (N, C, P), with the controlled gradient."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -258,6 +254,12 @@ class _Online(torch.autograd.Function):
         gb = None if bias is None else sum_to(g, bias[None])[0]
         h = g if weight is None else g * weight
         return _controlled(h, z, scale, p, q, valid, control).to(x.dtype), gw, gb, *[None] * 6
+
+
+class _Online(_Traced):
+    """The same, also for forward mode and vmap, which the compiler refuses."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -381,8 +383,9 @@ CARD = Card(
         "the gradient is not that of the forward pass, by design",
         "the backward pass updates stored statistics: training needs both passes",
         "samples are taken one after the other: results depend on their order, and time grows "
-        "with their number where positions are few",
-        "torch.compile breaks the graph at this layer in training; fullgraph=True is refused",
+        "with their number where positions are few; so does the graph that torch.compile traces",
+        "compiled by inductor with guard='clamp', a backward pass that is repeated "
+        "(retain_graph=True) is wrong",
         "micro-batches under update='accumulate' do not move the backward statistics",
     ),
     use_when="Batches of one sample, or memory for one.",

@@ -16,6 +16,7 @@ from normlab.core.operation import Operation, Scale
 from normlab.core.partition import Layout
 from normlab.core.recovery import Affine
 from normlab.kernels.closed_form import sum_to
+from normlab.kernels.hold import hold
 from normlab.kernels.reference import Moments, accumulated, divisor, masked, members, moments, total
 
 WARMUP = 10_000
@@ -120,10 +121,11 @@ class PowerNorm(Normalize):
         with torch.no_grad():
             given = moments(view.detach(), layout.member_dims, self.operation, mask)
         measured.append((layout, given))
-        square, control = (
-            layout.from_stored(cast(Tensor, getattr(self, n)).clone()) for n in self.stored_names
-        )
-        warm = self.num_batches_tracked < self.warmup
+        # Held as one: what the forward pass does not use, the compiler would read in the backward
+        # pass, after an update.
+        held = hold(torch.stack([cast(Tensor, getattr(self, n)) for n in self.stored_names]))
+        square, control = (layout.from_stored(s) for s in held)
+        warm = hold(self.num_batches_tracked < self.warmup)
         weight, bias = (None if p is None else layout.per_channel(p)
                         for p in (self.weight, self.bias))  # fmt: skip
         observe = self._observe if self._updates and self._update != "accumulate" else None
@@ -161,10 +163,8 @@ class Control(NamedTuple):
     observe: Callable[[Tensor, Tensor], None] | None
 
 
-class _Controlled(torch.autograd.Function):
-    """See `controlled`."""
-
-    generate_vmap_rule = True
+class _Traced(torch.autograd.Function):
+    """See `controlled`; what the compiler can trace."""
 
     @staticmethod
     def forward(
@@ -201,6 +201,12 @@ class _Controlled(torch.autograd.Function):
         gw = None if weight is None else sum_to(g * z, weight)
         gb = None if bias is None else sum_to(g, bias)
         return gx, gw, gb, None, None, None, None, None
+
+
+class _Controlled(_Traced):
+    """The same, also for forward mode and vmap, which the compiler refuses."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -239,14 +245,8 @@ def controlled(
         y, in the dtype of x.
     """
     arguments = (x, weight, bias, square, nu, warm, mask, control)
-    if torch.compiler.is_compiling():
-        y: Tensor = torch.compiler.disable(_apply)(*arguments)  # type: ignore[no-untyped-call]
-        return y
-    return _apply(*arguments)
-
-
-def _apply(*arguments: Any) -> Tensor:
-    y: Tensor = _Controlled.apply(*arguments)  # type: ignore[no-untyped-call]
+    function = _Traced if torch.compiler.is_compiling() else _Controlled
+    y: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -304,7 +304,6 @@ CARD = Card(
         "after the warm-up the gradient is not that of the forward pass, by design; derivatives "
         "of higher order and in forward mode take stored statistics as constants",
         "the backward pass updates a stored statistic: training needs both passes",
-        "torch.compile breaks the graph at this layer in training; fullgraph=True is refused",
         "micro-batches under update='accumulate' do not move the backward statistic",
     ),
     use_when="Transformers on text, in place of layer normalization.",

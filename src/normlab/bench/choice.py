@@ -100,11 +100,11 @@ class Choice:
         """
         import normlab as nl
 
-        if any(getattr(layer, "wants_predecessor", False) for layer in network.modules()):
-            nl.link(network, example)
         for term in self.others:
             if term.card.site == "weight" and not _projects(term):
                 nl.weight(term.name, network, **{"skip": _head(network), **term.options})
+        if any(getattr(layer, "wants_predecessor", False) for layer in network.modules()):
+            nl.link(network, example)
 
     def attach(self, network: nn.Module, optimizer: Optimizer, example: Tensor) -> None:
         """Attach the arm's projections and gradient methods to an optimizer.
