@@ -50,12 +50,14 @@ def linear_run(n, steps=1, **options):
 
 @pytest.mark.parametrize("n", [1, 3, 5, 20])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_dense_layers_update_is_the_dense_matrix(n, steps):
-    before, after, inputs, transform = linear_run(n, steps)
+@pytest.mark.parametrize("kind", ["total", "within"])
+def test_a_dense_layers_update_is_the_dense_matrix(n, steps, kind):
+    before, after, inputs, transform = linear_run(n, steps, variance=kind)
     mean, variance = torch.zeros(5).double(), torch.ones(5).double()
     for x in inputs:
+        between = 0.99 * (x.mean(0) - mean).square() if kind == "total" else 0.0
         mean = 0.99 * mean + 0.01 * x.mean(0)
-        variance = 0.99 * variance + 0.01 * (x - x.mean(0)).square().mean(0)
+        variance = 0.99 * variance + 0.01 * ((x - x.mean(0)).square().mean(0) + between)
     old = torch.cat([before["bias"][:, None], before["weight"]], 1)
     new = torch.cat([after["bias"][:, None], after["weight"]], 1)
     torch.testing.assert_close(new, old @ dense_matrix(mean, variance, 5, n), **ROUNDING)
@@ -66,6 +68,25 @@ def test_a_dense_layers_update_is_the_dense_matrix(n, steps):
     torch.testing.assert_close(state["variance"], variance, **ROUNDING)
     assert state["samples"] == n
     assert state["pending_rows"] == 0
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_variance_is_that_of_all_samples_weighted_by_age(n):
+    """Of every sample so far, and a start of mean 0 and variance 1; batches of one included."""
+    *_, inputs, transform = linear_run(n, 40, rho=0.8)
+    ages = torch.arange(39, -1, -1).double()
+    weight = (0.2 * 0.8**ages / n).repeat_interleave(n)[:, None]
+    rows, start = torch.cat(inputs), 0.8**40
+    mean = (weight * rows).sum(0)
+    variance = (weight * (rows - mean) ** 2).sum(0) + start * (1 + mean**2)
+    state = transform.state_dict()[""]
+    torch.testing.assert_close(state["mean"], mean, **ROUNDING)
+    torch.testing.assert_close(state["variance"], variance, **ROUNDING)
+    # With the batches' own variances alone, a batch of one sample has none.
+    *_, within = linear_run(1, 40, rho=0.8, variance="within")
+    torch.testing.assert_close(
+        within.state_dict()[""]["variance"], torch.full((5,), start).double(), **ROUNDING
+    )
 
 
 def test_constants_and_options():
@@ -79,7 +100,8 @@ def test_constants_and_options():
     torch.testing.assert_close(scaled["bias"], plain["bias"] / 2.5, **ROUNDING)
     assert not torch.allclose(old["bias"], plain["bias"])
     model = small_model()
-    for wrong in ({"rho": 1.5}, {"eps1": -1.0}, {"scale": "x"}, {"scale": 0}, {"count": "rows"}):
+    for wrong in ({"rho": 1.5}, {"eps1": -1.0}, {"scale": "x"}, {"scale": 0}, {"count": "rows"},
+                  {"variance": "all"}):  # fmt: skip
         with pytest.raises(ValueError, match="received"):
             bnp(model, **wrong)
 
@@ -99,7 +121,7 @@ def test_a_convolutions_update_is_the_dense_matrix_of_each_group(kind, groups, s
     torch.manual_seed(0)
     layer = kind(4, 8, 2, groups=groups, stride=2, padding=1).double()
     optimizer = sgd(layer, lr=0.0)
-    bnp(layer, rho=0.3, count=count).attach(optimizer)
+    bnp(layer, rho=0.3, count=count, variance="within").attach(optimizer)
     x = 1 + torch.arange(1.0, 5.0).reshape(4, *[1] * (len(shape) - 2)) * torch.randn(shape)
     layer(x.double()).sin().sum().backward()
     before = gradients(layer)
@@ -323,8 +345,8 @@ def test_two_processes_with_different_batches():
         n[1], n[1] * two.pending[1], n[1] * (two.pending[2] + (two.pending[1] - pooled) ** 2),
         n[1], two.pending[3],
     ]  # fmt: skip
-    one.fold(0.0, lambda t: t + other.pop(0))
-    whole.fold(0.0, None)
+    one.fold(0.0, lambda t: t + other.pop(0), True)
+    whole.fold(0.0, None, True)
     torch.testing.assert_close(one.mean, whole.mean, rtol=1e-12, atol=0)  # float64 rounding
     torch.testing.assert_close(one.variance, whole.variance, rtol=1e-12, atol=0)
     assert one.samples == whole.samples == 9

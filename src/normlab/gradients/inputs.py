@@ -73,8 +73,15 @@ class InputStatistics:
         rows, mean, variance = pool(tuple(old), batch[:3], Standardize())
         self.pending = (rows, mean, variance, samples + batch[3])
 
-    def fold(self, rho: float, reduce: Reduce | None) -> None:
-        """μ ← ρμ + (1 − ρ)μ_B, σ² ← ρσ² + (1 − ρ)σ²_B with the pending batch, if there is one."""
+    def fold(self, rho: float, reduce: Reduce | None, between: bool) -> None:
+        """Blend the pending batch in, if there is one.
+
+        Args:
+            rho: Weight of what there was.
+            reduce: Sum over processes.
+            between: Whether the variance takes in ρ(μ_B − μ)², that between this batch and those
+                before: it is then that of all samples, each weighted by its age.
+        """
         n, mean, variance, samples = self.pending
         if reduce is not None:
             total = reduce(n).clamp(min=1)
@@ -83,6 +90,8 @@ class InputStatistics:
             n, mean, samples = reduce(n), pooled, reduce(samples)
         here = n.device
         share = (n > 0).to(mean.dtype) * (1 - rho)
+        if between:
+            variance = variance + rho * (mean - self.mean.to(here)) ** 2
         self.mean = torch.lerp(self.mean.to(here), mean, share)
         self.variance = torch.lerp(self.variance.to(here), variance, share)
         self.rows = torch.where(n > 0, n, self.rows.to(here))

@@ -23,8 +23,10 @@ class NormalizationPreconditioning(Transform):
 
     With the mean μ_j and the variance σ_j² of the layer's input channels j,
 
-    - μ ← ρμ + (1 − ρ)μ_B and σ² ← ρσ² + (1 − ρ)σ²_B, from 0 and 1, once per step (`rho`), with
-      the batch's mean and biased variance over samples and positions;
+    - μ ← ρμ + (1 − ρ)μ_B and σ² ← ρσ² + (1 − ρ)(σ²_B + ρ(μ_B − μ)²), from 0 and 1, once per step
+      (`rho`), with the batch's mean and biased variance over samples and positions, and the old μ:
+      the variance of all samples, each weighted by its age. Without the last term
+      (``variance="within"``, as it is usually written) it goes to 0 where a batch is one sample;
     - σ̃² = σ² + ε1·max_j σ_j² + ε2 (`eps1`, `eps2`) and q² = max(n_in/N, 1);
     - G_W[i, j] ← (G_W[i, j] − μ_j G_b[i])/(q²σ̃_j²),
       G_b[i] ← G_b[i]/q² − Σ_j G_W[i, j] μ_j with the new G_W.
@@ -47,6 +49,7 @@ class NormalizationPreconditioning(Transform):
         eps2: ε2.
         scale: q²: ``"inputs"`` for max(n_in/N, 1), or 1.0, or any other positive number.
         count: N: ``"samples"``, or ``"positions"`` for samples times positions.
+        variance: ``"total"``, or ``"within"`` for the mean of the batches' own variances.
         bias: What to do about a layer without a bias: ``"error"``, or ``"skip"`` it.
         skip: What to leave out: names of parameters or modules, with ``*`` for anything, or a
             function (name, parameter) → bool. A layer is left out with its weight or its bias.
@@ -73,6 +76,7 @@ class NormalizationPreconditioning(Transform):
         *,
         scale: Literal["inputs"] | float = "inputs",
         count: Literal["samples", "positions"] = "samples",
+        variance: Literal["total", "within"] = "total",
         bias: Literal["error", "skip"] = "error",
         skip: Skip = (),
         reduce: Reduce | None = None,
@@ -89,6 +93,9 @@ class NormalizationPreconditioning(Transform):
                 "count is 'samples' or 'positions', bias 'error' or 'skip'; "
                 f"received {count!r} and {bias!r}"
             )
+        if variance not in ("total", "within"):
+            raise ValueError(f"variance is 'total' or 'within'; received {variance!r}")
+        self.between = variance == "total"
         self.rho, self.eps1, self.eps2, self.scale = rho, eps1, eps2, scale
         self.count, self.reduce = count, reduce
         self.layers = layers_to_take(model, skip, bias)
@@ -108,7 +115,7 @@ class NormalizationPreconditioning(Transform):
         """Fold the pending batch in, then multiply by P Pᵀ."""
         for name, layer in self.layers.items():
             statistics = self.inputs[name]
-            statistics.fold(self.rho, self.reduce)
+            statistics.fold(self.rho, self.reduce, self.between)
             weight, bias = layer.weight.grad, layer.bias.grad if layer.bias is not None else None
             if weight is None or bias is None or weight.is_sparse:
                 continue
