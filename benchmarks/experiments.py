@@ -36,7 +36,12 @@ EXPERIMENTS = {
     ),
     "fashion-mini-filter-response": (
         "Batch size and filter response normalization",
-        f"--normalizers batch group filter_response batch_renorm --condition 32 8 4 2 1 {RESNET8} "
+        f"--normalizers batch group filter_response batch_renorm --condition 32 8 4 2 {RESNET8} "
+        "--epochs 1 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 1 --points 4",
+    ),
+    "fashion-mini-filter-response-one": (
+        "One sample a normalization batch: batch and filter response normalization",
+        f"--normalizers batch filter_response --condition 1 {RESNET8} "
         "--epochs 1 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 1 --points 4",
     ),
     "fashion-mini-micro": (
