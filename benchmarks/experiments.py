@@ -44,6 +44,11 @@ EXPERIMENTS = {
         f"--normalizers batch filter_response --condition 1 {RESNET8} "
         "--epochs 1 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 1 --points 4",
     ),
+    "fashion-mini-filter-response-long": (
+        "Batch size and filter response normalization, three epochs",
+        f"--normalizers batch group filter_response --condition 32 2 {RESNET8} "
+        "--epochs 3 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 --points 6",
+    ),
     "fashion-mini-micro": (
         "Few samples share statistics: renormalization and Kalman normalization",
         "--normalizers batch batch_renorm kalman_batch group "
