@@ -214,3 +214,16 @@ def test_implicit_biases_show_in_a_short_run(tmp_path):
     assert rescaled[-1]["norm_1"] == pytest.approx(rescaled[0]["norm_1"], rel=1e-5)
     assert rescaled[-1]["outside_norm"] < rescaled[0]["outside_norm"] * 0.9999
     assert "| rescaling |" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+def test_variance_shift_is_measured_in_a_short_run(tmp_path):
+    line = [sys.executable, str(BENCHMARKS / "variance_shift.py"), "--steps", "2", "--seeds", "1"]
+    done = subprocess.run(
+        [*line, "--network", "cnn:depth=2,width=4", "--out", str(tmp_path)],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "runs.json").read_text())["rows"]
+    direct = [r for r in rows if r["form"] == "dropout, then batch" and r["rate"] == 0.5]
+    assert all(0 < layer["predicted"] < 1 for row in direct for layer in row["layers"])
+    assert "| ic | 0.05 |" in (tmp_path / "summary.md").read_text(encoding="utf-8")
