@@ -90,7 +90,7 @@ def table(rows: list[dict[str, Any]], head: dict[str, Any]) -> str:
         "",
         f"{head['network']} on fashion-mini, {head['steps']} steps, n = {head['seeds']} seeds; "
         f"{head['environment']['cpu']}, torch {head['environment']['torch']}. Over layers and "
-        "seeds; predicted by v/((c² + v)/p − c²) (1801.05134) where dropout stands immediately before.",
+        "seeds; predicted by v/((c² + v)/p − c²) (1801.05134) where dropout stands just before.",
         "",
         "| unit | rate | least | mean | predicted, mean |",
         "|---|---|---|---|---|",
