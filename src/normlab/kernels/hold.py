@@ -27,6 +27,8 @@ def hold(x: Tensor) -> Tensor:
         x: A tensor without gradient.
 
     Returns:
-        x itself outside the compiler.
+        x itself outside the compiler, and where a model is exported, whose operations must be
+        ones that other programs know.
     """
-    return _hold(x) if torch.compiler.is_compiling() else x
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return _hold(x) if traced else x
