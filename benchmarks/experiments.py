@@ -26,6 +26,11 @@ EXPERIMENTS = {
     ),
     "fashion-mini-ic": (
         "The independent-component layer and the usual order, ResNet-20",
+        "--normalizers batch ic --network resnet20 --epochs 2 --tune-epochs 0.5 "
+        "--lrs 0.03 0.1 0.3 1 --points 8",
+    ),
+    "fashion-mini-ic-compositions": (
+        "The three compositions of the independent-component layer, ResNet-20",
         "--normalizers batch ic ic:composition=ic-conv-relu ic:composition=conv-relu-ic "
         "--network resnet20 --epochs 2 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 1 --points 8",
     ),
