@@ -30,16 +30,22 @@ bench: $(VENV)/.lab
 	$(BIN)/python benchmarks/layers.py
 
 clean:
-	rm -rf $(VENV) demo docs/_build build
+	rm -rf $(VENV) demo docs/_build build src/normlab/kernels/cpu/*.so
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "normlab needs Python 3.11 or newer; name one with: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The stamp of an extra is newer than what decides its contents.
-$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[$(EXTRA_$*)]'
+# A stamp is newer than what decides its contents. The CPU kernels are compiled here, where there is
+# a C++ compiler, and not again with each extra.
+$(VENV)/.package: pyproject.toml constraints.txt setup.py src/normlab/kernels/cpu/normalize.cpp \
+  | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.%: $(VENV)/.package
+	NORMLAB_KERNELS=off $(PIP) -e '.[$(EXTRA_$*)]'
 	@touch $@
 
 EXTRA_lab := lab

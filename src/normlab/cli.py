@@ -1,4 +1,4 @@
-"""The command ``normlab``: ``compare``, ``list``, ``show``, ``report``.
+"""The command ``normlab``: ``compare``, ``list``, ``show``, ``report``, ``doctor``.
 
 Importing this costs nothing but the standard library; each command imports what it needs.
 """
@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Annotated[commands.Compare, tyro.conf.subcommand("compare")]
         | Annotated[commands.List, tyro.conf.subcommand("list")]
         | Annotated[commands.Show, tyro.conf.subcommand("show")]
-        | Annotated[commands.Report, tyro.conf.subcommand("report")],
+        | Annotated[commands.Report, tyro.conf.subcommand("report")]
+        | Annotated[commands.Doctor, tyro.conf.subcommand("doctor")],
         tyro.conf.OmitSubcommandPrefixes,
     ]
     words = split_lists(sys.argv[1:] if arguments is None else arguments)

@@ -148,7 +148,7 @@ def test_the_gradient_of_the_learned_eps_beside_stored_statistics(recovery, p):
 def test_it_starts_as_relu():
     layer, relu = (nl.FilterResponseNorm(6, activation=a) for a in ("affine_tlu", "relu"))
     x = torch.randn(8, 6, 5)
-    assert torch.equal(layer(x), relu(x))
+    torch.testing.assert_close(layer(x), relu(x))  # which compiled kernels may fuse
     assert layer.slope.tolist() == layer.threshold.tolist() == [0.0] * 6
     assert layer.activation == "affine_tlu"
 

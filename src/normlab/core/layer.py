@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -200,6 +201,12 @@ class Normalize(StoringLayer):
         """Π, statistics, Φ, Ψ, Π⁻¹ for one piece; moments of the batch are added to `measured`."""
         sizes = self._sizes(x.shape[0], ghosts=self._measures)
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
+        kernels = dispatch.compiled() if mask is None and self._compilable else None
+        if kernels and kernels.supports(
+            x, layout, self.operation, self.activation,
+            (self.weight, self.bias, self.threshold), self._buffers.values(),
+        ):  # fmt: skip
+            return self._compiled(kernels, x, layout, measured)
         view = layout.split(x)
         mask = None if mask is None else layout.per_position(mask)
         weight, bias, threshold, slope = [
@@ -223,6 +230,45 @@ class Normalize(StoringLayer):
             from_batch=from_batch, reduce=reduce if from_batch else None, slope=slope,
         )  # fmt: skip
         return layout.join(y)
+
+    @property
+    def _compilable(self) -> bool:
+        """Whether compiled kernels have all parts of this layer; r and d are theirs if in γ, β."""
+        s = self.statistics
+        folded = not isinstance(s, st.Renormalized) or self._one_area
+        return self.slope is None and s.reduce is None and folded
+
+    def _compiled(
+        self, kernels: ModuleType, x: Tensor, layout: Layout,
+        measured: list[tuple[Layout, Moments]],
+    ) -> Tensor:  # fmt: skip
+        """The same through compiled kernels, which measure and normalize in one call."""
+        spec = Spec(layout.member_dims, self.operation, self.activation)
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        eps, stored = self.eps, self._uses_stored
+        renormalized = isinstance(self.statistics, st.Renormalized) and not stored
+        if self._measures:
+            self._check_members(layout, False)
+        given: Moments | None = None
+        if self._measures and (stored or renormalized):
+            given = kernels.moments(x, layout, spec)
+            measured.append((layout, given))
+        if stored:
+            given, eps = self._from_stored(layout, eps)
+        elif renormalized:
+            assert given is not None
+            affine = (None if p is None else layout.per_channel(p) for p in (weight, bias))
+            whole = layout.per_channel(x.new_empty(self.num_channels)).shape
+            weight, bias = (
+                p.expand(whole).reshape(-1) for p in self._renormalize(layout, given, *affine)
+            )
+        y, used = kernels.normalize(
+            x, layout, spec, weight, bias, self.threshold, eps, given, from_batch=not stored
+        )
+        if self._measures and not (stored or renormalized):
+            measured.append((layout, used))
+        return cast(Tensor, y)
 
     def _renormalize(
         self, layout: Layout, given: Moments, weight: Tensor | None, bias: Tensor | None

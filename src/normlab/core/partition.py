@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 
 from torch import Tensor
@@ -163,6 +163,31 @@ class Layout:
     def members(self) -> int:
         """Number of elements that share one statistic."""
         return prod([self.split_shape[i] for i in self.member_dims])
+
+    @cached_property
+    def lengths(self) -> tuple[int, int, int]:
+        """Samples, channels, and positions."""
+        channels = self.shape[self.channel_dim]
+        return self.shape[0], channels, prod(self.shape[1:]) // max(channels, 1)
+
+    @cached_property
+    def blocks(self) -> tuple[int, int] | None:
+        """Samples and channels of an area, where it is a block of these with all positions.
+
+        None where areas are not such blocks: statistics of single positions, or members that lie
+        apart, as the outer part of a split axis does.
+        """
+        p = self.partition
+        if "*" not in p.members or p.variables is not None:
+            return None
+        sizes = dict(zip(self.names, self.split_shape, strict=True))
+        found = []
+        for axis in p.axes[:2]:
+            inside = [name in p.members for name in axis]
+            if inside != sorted(inside):
+                return None
+            found.append(prod([sizes[name] for name in axis if name in p.members]))
+        return found[0], found[1]
 
     def split(self, x: Tensor) -> Tensor:
         """View x with its split axes apart; nothing is copied."""

@@ -8,7 +8,12 @@ import torch
 
 from normlab.kernels import closed_form, reference
 
-_BACKENDS: dict[str, ModuleType] = {"auto": closed_form, "reference": reference}
+_BACKENDS: dict[str, ModuleType] = {
+    "auto": closed_form,
+    "reference": reference,
+    "torch": closed_form,
+    "cpu": closed_form,
+}
 _current = "auto"
 
 
@@ -16,8 +21,10 @@ class backend:
     """Choose the implementation of the kernels, for good or for a ``with`` block.
 
     Args:
-        name: ``"auto"`` for the fastest one present (gradients in closed form, saving the input
-            once), ``"reference"`` for plain differentiable torch operations.
+        name: ``"auto"`` for the fastest one present: compiled kernels where they cover the case,
+            else torch operations with gradients in closed form, saving the input once.
+            ``"torch"`` for the latter alone; ``"reference"`` for plain differentiable torch
+            operations; ``"cpu"`` as ``"auto"``, but an error where no kernels were built.
 
     Raises:
         ValueError: If this installation has no such backend.
@@ -36,6 +43,8 @@ class backend:
                 f"backend {name!r} is not part of this installation; "
                 f"available: {', '.join(_BACKENDS)}"
             )
+        if name == "cpu" and compiled_kernels() is None:
+            raise ValueError(f"backend 'cpu' is not part of this installation: {reason()}")
         self._previous, _current = _current, name
 
     def __enter__(self) -> backend:
@@ -49,6 +58,27 @@ class backend:
     def name() -> str:
         """Return the name of the backend in use."""
         return _current
+
+
+def compiled_kernels() -> ModuleType | None:
+    """Return the module of compiled kernels, or None where none were built."""
+    from normlab.kernels.cpu import call, library
+
+    return call if library.load()[0] is not None else None
+
+
+def reason() -> str:
+    """Say which compiled kernels are in use, or why none are."""
+    from normlab.kernels.cpu import library
+
+    return library.load()[1]
+
+
+def compiled() -> ModuleType | None:
+    """Return the module of compiled kernels where they are wanted and present, and not traced."""
+    if _current not in ("auto", "cpu") or torch.compiler.is_compiling():
+        return None
+    return compiled_kernels()
 
 
 def implementation() -> ModuleType:

@@ -1,0 +1,1 @@
+"""Compiled kernels for CPUs: one C++ source, built for several instruction sets, through ctypes."""

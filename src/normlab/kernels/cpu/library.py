@@ -1,0 +1,97 @@
+"""Finds and loads the compiled kernels that suit this processor."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+ABI = 1
+SWITCH = "NORMLAB_KERNELS"
+FOLDER = Path(__file__).resolve().parent
+# What torch itself found the processor (and ATEN_CPU_CAPABILITY) to allow, best library first.
+_LEVELS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline")}
+
+
+class Call(ctypes.Structure):
+    """Arguments of both directions; kept in step with `struct Call` of normalize.cpp."""
+
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in (
+            "n", "c", "p", "sn", "sc", "bn", "bc", "columns", "act", "shift", "about_mean", "scale",
+            "measure", "from_batch",
+        )],
+        ("eps", ctypes.c_double),
+        *[(name, ctypes.c_void_p) for name in (
+            "x", "dy", "gamma", "beta", "tau", "mean", "moment", "y", "dx", "dgamma", "dbeta",
+            "dtau", "deps",
+        )],
+    ]  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """Load the best library that was built and that this processor can run.
+
+    The choice is made at the first call and holds for the process. Threads that come first at the
+    same time load the same library twice, which the system makes one.
+
+    Returns:
+        The library, or None; and in words, which one it is or why there is none, with the repair.
+
+    Raises:
+        ValueError: If the environment variable NORMLAB_KERNELS is neither ``off`` nor ``auto``.
+    """
+    switch = os.environ.get(SWITCH) or "auto"
+    if switch.lower() == "off":
+        return None, f"switched off by the environment variable {SWITCH}={switch}; unset it"
+    if switch.lower() != "auto":
+        raise ValueError(
+            f"the environment variable {SWITCH} is auto or off; received {switch!r}; unset it"
+        )
+    capability = torch.backends.cpu.get_cpu_capability()
+    failed: list[str] = []
+    for level in _LEVELS.get(capability, ("baseline",)):
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+            path = FOLDER / f"_{level}{suffix}"
+            if not path.is_file():
+                continue
+            try:
+                library = _open(path)
+            except (OSError, AttributeError) as error:
+                failed.append(f"{path.name} does not load: {error}")
+                continue
+            said = "; ".join([f"{path.name}, for a processor with {capability}", *failed])
+            return library, f"{said}; {_repair()}" if failed else said
+    return None, "; ".join([*failed, _repair()] if failed else ["none were built", _repair()])
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """The library of that file, with its functions declared; OSError if it is not one of ours."""
+    library = ctypes.CDLL(str(path))
+    library.normlab_abi.restype = ctypes.c_int
+    found = library.normlab_abi()
+    if found != ABI:
+        raise OSError(f"built for interface {found} where this normlab has {ABI}")
+    for name in ("normlab_forward", "normlab_backward"):
+        function = getattr(library, name)
+        function.argtypes = (ctypes.POINTER(Call), ctypes.c_int)
+        function.restype = ctypes.c_int
+    return library
+
+
+def _repair() -> str:
+    """The command that builds the libraries, for a checkout or an installed package."""
+    root = FOLDER.parents[3]
+    if (root / "setup.py").is_file() and (FOLDER / "normalize.cpp").is_file():
+        command = f"pip install --no-deps -e {root}"
+    else:
+        command = (
+            "pip install --force-reinstall --no-deps --no-cache-dir SOURCE "
+            "(the folder or archive that normlab was installed from)"
+        )
+    return f"with a C++ compiler (CXX, or g++ or clang++), build them by: {command}"

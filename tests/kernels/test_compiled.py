@@ -1,0 +1,320 @@
+"""The compiled CPU kernels against the plain formulas in float64."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import normlab as nl
+from normlab.kernels import dispatch
+from normlab.kernels.cpu import call
+
+pytestmark = pytest.mark.skipif(
+    dispatch.compiled_kernels() is None, reason=f"no compiled kernels: {dispatch.reason()}"
+)
+
+# Name, options, and the activations that may be fused.
+METHODS = [
+    ("batch", {}), ("batch", {"affine": False}), ("instance", {}), ("layer", {}),
+    ("group", {"groups": 2}), ("ghost_batch", {"batch_size": 3}),
+    ("batch_group", {"groups": 2, "batch_size": 3}), ("rms", {}), ("rms", {"eps": 0.1}),
+    ("filter_response", {"learned_eps": True}), ("filter_response", {"activation": None}),
+    ("variance", {}), ("mean_only_batch", {}), ("batch_renorm", {"rmax": 1.5, "dmax": 0.5}),
+]  # fmt: skip
+FUSED = ("batch", "instance", "layer", "group", "rms", "ghost_batch")
+
+
+def build(name, options, channels, activation=None, channel_dim=1, seed=0):
+    more = {"activation": activation} if activation and name in FUSED else {}
+    layer = nl.norm(name, channels, channel_dim=channel_dim, **options, **more)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.4 * torch.randn(p.shape, generator=generator))
+        for key in getattr(layer, "stored_names", ()):
+            b = getattr(layer, key)
+            b.add_(0.4 * torch.rand(b.shape, generator=generator))
+    return layer
+
+
+def functions(y):
+    """Classes of the functions in the graph of y."""
+    nodes, found = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        found.add(getattr(node, "_forward_cls", None))
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    return found
+
+
+def layout(layer, shape):
+    """Of a whole batch, ragged ghost batches in one."""
+    sizes = layer._sizes(shape[0], ghosts=False)
+    return layer.partition.bind(shape, channel_dim=layer.channel_dim, sizes=sizes)
+
+
+def run(layer, x, dy, backend):
+    """y, the gradients, and the buffers after the pass."""
+    layer, x = copy.deepcopy(layer), x.detach().clone().requires_grad_()
+    with nl.kernels.backend(backend):
+        y = layer(x)
+        if backend == "auto":  # that the kernels, and nothing else, are what is tested
+            assert layout(layer, x.shape).blocks is None or call._Normalize in functions(y)
+        wanted = [x, *layer.parameters()]
+        grads = torch.autograd.grad(y, wanted, dy.to(y.dtype), allow_unused=True)
+    buffers = [b for b in layer.buffers() if b.is_floating_point()]
+    return [y.detach(), *[g for g in grads if g is not None], *buffers]
+
+
+def close(ours, exact, tolerance):
+    """Within `tolerance` of the largest value of each tensor.
+
+    Args:
+        ours: What is tested.
+        exact: The same in float64.
+        tolerance: Relative to the largest value: sums cancel, so that single elements may not be
+            relatively exact; one number each for y, x's gradient, ..., the last for the rest.
+    """
+    assert len(ours) == len(exact)
+    for i, (a, b) in enumerate(zip(ours, exact, strict=True)):
+        scale = float(b.abs().max()) if b.numel() else 0.0
+        bound = tolerance[min(i, len(tolerance) - 1)]
+        torch.testing.assert_close(
+            a.double(), b, rtol=0, atol=bound * (scale + 1e-30), msg=lambda m, i=i: f"{i}: {m}"
+        )
+
+
+@st.composite
+def problems(draw):
+    name, options = draw(st.sampled_from(METHODS))
+    activation = draw(st.sampled_from([None, "relu", "silu", "tlu"]))
+    grouped = "groups" in options
+    channels = draw(st.sampled_from([2, 4, 6, 34, 130] if grouped else [1, 2, 3, 7, 17, 33, 129]))
+    n = draw(st.integers(1, 7))
+    positions = draw(st.lists(st.sampled_from([1, 2, 3, 5, 7, 8, 19]), max_size=3))
+    last = draw(st.booleans())
+    order = draw(st.sampled_from(["rows", "columns", "sliced", "reversed"]))
+    train = draw(st.booleans())
+    seed = draw(st.integers(0, 99))
+    shape = (n, *positions, channels) if last else (n, channels, *positions)
+    return name, options, activation, channels, shape, -1 if last else 1, order, train, seed
+
+
+def arrange(x, order):
+    """The same values in another order of memory."""
+    if order == "columns":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if order == "sliced":
+        big = x.new_zeros((x.shape[0] * 2, *x.shape[1:-1], x.shape[-1] + 3))
+        view = big[::2, ..., 1:-2]
+        return view.copy_(x)
+    if order == "reversed":
+        return x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
+    return x.contiguous()
+
+
+def one_member(layer, shape):
+    """Whether areas have one member: that is refused, warned of, or the output constant."""
+    if layer.batch_size:
+        return shape[0] < 2 * layer.batch_size
+    members, op = layout(layer, shape).members, layer.operation
+    # Without a mean, the gradient of a single member is ε/(M + ε), with nothing to cancel.
+    single = members == 1 and not op.uses_mean and layer.weight is not None
+    return members < 3 and not single
+
+
+def values(shape, seed, channel_dim):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=g, dtype=torch.float64)
+    per_sample = torch.rand(shape[0], *[1] * (len(shape) - 1), generator=g, dtype=torch.float64)
+    x = (x + 0.7 * per_sample) * (0.5 + per_sample)
+    return x, torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def compare(problem, dtype, tolerance):
+    name, options, activation, channels, shape, channel_dim, order, train, seed = problem
+    layer = build(name, options, channels, activation, channel_dim, seed).train(train)
+    x, dy = values(shape, seed, channel_dim)
+    if one_member(layer, shape) or (dtype == torch.float64 and layout(layer, shape).members < 3):
+        return  # in float64 the plain formula itself loses digits there
+    x, dy = x.to(dtype), dy.to(dtype)
+    exact = copy.deepcopy(layer).double()
+    layer = layer.double() if dtype == torch.float64 else layer
+    # Where u is within rounding of the kink of an activation, the derivative may be either.
+    if layer.activation in ("relu", "tlu") and dtype == torch.float32:
+        plain = copy.deepcopy(exact)
+        plain.recovery = nl.core.recovery.Affine(plain.recovery.scale, plain.recovery.shift)
+        with nl.kernels.backend("reference"), torch.no_grad():
+            u = plain(x.double())
+        kink = torch.zeros(channels, dtype=torch.float64)
+        if layer.activation == "tlu":
+            kink = layer.threshold.detach().double()
+        where = [1] * u.ndim
+        where[channel_dim] = channels
+        dy = dy.masked_fill((u - kink.view(where)).abs() < 1e-4, 0)
+    ours = run(layer, arrange(x, order), arrange(dy, order), "auto")
+    close(ours, run(exact, x.double(), dy.double(), "reference"), tolerance)
+
+
+@settings(max_examples=150)
+@given(problems())
+def test_float64(problem):
+    # Sums of at most 50000 terms in another order; ε = 1e-6 amplifies where areas are nearly
+    # constant (three members).
+    compare(problem, torch.float64, [1e-10])
+
+
+@settings(max_examples=150)
+@given(problems())
+def test_float32(problem):
+    # y and the statistics: a few roundings of 6e-8. Gradients: areas of few members, whose
+    # deviation may by chance be a tenth of the values, lose a digit in 1/D.
+    compare(problem, torch.float32, [4e-6, 2e-5])
+
+
+@settings(max_examples=100)
+@given(problems())
+def test_bfloat16(problem):
+    if problem[2] in ("relu", "tlu") or problem[0] == "filter_response":
+        problem = (*problem[:2], None, *problem[3:])
+    if problem[0] == "filter_response":  # whose TLU has the kink
+        problem = (problem[0], {"activation": None}, *problem[2:])
+    # One rounding on the way out, 2^-9 of an element, 2^-8 at most by the size of the mantissa;
+    # sums over elements (γ, β, buffers) are in float32 inside.
+    compare(problem, torch.bfloat16, [2**-8, 2**-8, 2e-5])
+
+
+def test_relative_to_a_cancelling_mean():
+    """A mean of 10⁴ deviations: what float32 holds of x is kept."""
+    x = torch.randn(16, 3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = (x + 1e4).float()
+    dy = torch.randn(x.shape)
+    for order in ("rows", "columns"):
+        for name in ("batch", "instance", "layer"):
+            layer = build(name, {}, 3)
+            ours = run(layer, arrange(x, order), dy, "auto")
+            exact = run(copy.deepcopy(layer).double(), x.double(), dy.double(), "reference")
+            # μ is kept in float32 for the backward pass: 6e-8·10⁴ of a deviation.
+            close(ours, exact, [4e-6, 1.2e-3])
+
+
+@pytest.mark.parametrize("order", ["rows", "columns"])
+@pytest.mark.parametrize("shape", [(1, 1, 2**21), (2, 3, 700, 700)])
+def test_long_sums(shape, order):
+    """Sums over millions of members do not drift: partial sums go to double."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.rand(shape, generator=g) + 0.5
+    dy = torch.rand(shape, generator=g) + x  # correlated, so that the sum for γ does not cancel
+    for name in ("batch", "rms"):
+        layer = build(name, {}, shape[1])
+        ours = run(layer, arrange(x, order), arrange(dy, order), "auto")
+        exact = run(copy.deepcopy(layer).double(), x.double(), dy.double(), "reference")
+        close(ours, exact, [1e-6])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "tlu"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite(bad, activation, train, channel_dim, dtype):
+    """NaN and infinities reach the elements that they reach in the plain formulas."""
+    for name, options in METHODS:
+        layer = build(name, options, 6, activation, channel_dim).train(train)
+        layer = layer.double() if dtype == torch.float64 else layer
+        shape = (6, 6, 35) if channel_dim == 1 else (6, 35, 6)
+        x, dy = values(shape, 3, channel_dim)
+        x[2, 3, 3] = bad
+        x, dy = x.to(dtype), dy.to(dtype)
+        ours, plain = (run(layer, x, dy, backend) for backend in ("auto", "reference"))
+        for i, (a, b) in enumerate(zip(ours, plain, strict=True)):
+            assert torch.equal(a.isnan(), b.isnan()), (name, i)
+            assert torch.equal(a.isinf(), b.isinf()), (name, i)
+            assert torch.equal(a[a.isinf()], b[b.isinf()]), (name, i)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_silu_everywhere(dtype):
+    """Over the whole range, from where exp overflows to where it vanishes."""
+    u = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-1e30, -3e38, 1e30, 3e38])])
+    u = torch.cat([u, torch.tensor([0.0, -0.0, 1e-30, float("inf"), float("-inf")])]).to(dtype)
+    layer = nl.BatchNorm(1, activation="silu", eps=0.0, affine=False).to(dtype).eval()
+    x = u.view(-1, 1).clone().requires_grad_()
+    y = layer(x)
+    (g,) = torch.autograd.grad(y.sum(), x)
+    z = u.double().requires_grad_()
+    t = torch.nn.functional.silu(z)
+    (h,) = torch.autograd.grad(t.sum(), z)
+    # exp to 2 ulp; where it underflows in float32, to the smallest normal numbers.
+    tolerance = {"rtol": 1e-6, "atol": 1e-35} if dtype == torch.float32 else {}
+    torch.testing.assert_close(y.view(-1), t.to(dtype), equal_nan=True, **tolerance)
+    tolerance = {"rtol": 2e-6, "atol": 1e-7} if dtype == torch.float32 else {}
+    torch.testing.assert_close(g.view(-1), h.to(dtype), equal_nan=True, **tolerance)
+
+
+def test_bfloat16_is_rounded_to_the_nearest():
+    layer = nl.BatchNorm(1, eps=0.0).eval()
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[every.isfinite()]
+    with torch.no_grad():
+        layer.weight.fill_(1.00371)
+    y = layer(every.view(-1, 1)).view(-1)
+    expected = (every.float() * layer.weight).bfloat16()
+    normal = expected.abs() >= torch.finfo(torch.bfloat16).tiny
+    assert torch.equal(y[normal], expected[normal].detach())
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing(threads):
+    """Bit for bit: pieces and the order of their sums depend on the shape alone."""
+    cases = [
+        (name, options, shape, order)
+        for name, options in METHODS
+        for shape in [(6, 34, 9, 11), (7, 4), (3, 2, 3000), (1, 6, 50)]
+        for order in ("rows", "columns")
+        if not (len(shape) == 2 and name == "instance")
+    ]
+
+    def results():
+        found = []
+        for name, options, shape, order in cases:
+            if shape[0] < 6 and "batch_size" in options:
+                continue
+            layer = build(name, options, shape[1])
+            x, dy = values(shape, 1, 1)
+            found += run(layer, arrange(x.float(), order), arrange(dy.float(), order), "auto")
+        return found
+
+    alone, again = results(), results()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        together = results()
+    finally:
+        torch.set_num_threads(before)
+    for a, b, c in zip(alone, again, together, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_one_pool_of_threads():
+    """The kernels' OpenMP is torch's own, so that `torch.set_num_threads` rules both."""
+    try:
+        with open("/proc/self/maps") as file:
+            lines = [line for line in file if "libgomp" in line or "libomp" in line]
+    except OSError:
+        pytest.skip("no /proc")
+    assert len({line.split()[-1] for line in lines}) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 6, 5), (4, 6, 0), (0, 6)])
+def test_empty(shape, dtype):
+    for name, options in METHODS:
+        layer, x = build(name, options, 6), torch.zeros(shape, dtype=dtype, requires_grad=True)
+        y = layer(x)
+        assert y.shape == x.shape
+        y.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())

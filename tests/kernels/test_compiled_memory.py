@@ -1,0 +1,93 @@
+"""The compiled kernels stay within the memory they are given: a driver under the sanitizers."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from normlab.kernels import cpu
+
+SOURCE = Path(cpu.__file__).with_name("normalize.cpp")
+
+DRIVER = """
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+// Buffers of exactly the size that a call may touch.
+template <class T> T *room(std::mt19937 &r, i64 count, bool positive = false) {
+  T *p = static_cast<T *>(std::malloc(std::size_t(count) * sizeof(T)));
+  std::normal_distribution<double> normal(0.2, 1.0);
+  for (i64 i = 0; i < count; i++) {
+    double v = normal(r);
+    if (positive) v = v * v + 0.1;
+    if constexpr (sizeof(T) == 2) store(p, i, float(v));
+    else p[i] = T(v);
+  }
+  return p;
+}
+
+template <class T, class R> int once(std::mt19937 &r, int dtype) {
+  auto pick = [&](std::initializer_list<i64> from) { return from.begin()[r() % from.size()]; };
+  Call k{};
+  i64 outer = pick({1, 2, 3, 5}), groups = pick({1, 2, 3, 7, 33});
+  k.bn = pick({1, 1, 2, 3, 8}), k.bc = pick({1, 1, 2, 5, 17});
+  k.n = outer * k.bn, k.c = groups * k.bc, k.p = pick({1, 1, 2, 3, 7, 15, 16, 17, 49, 64, 131});
+  if (r() % 40 == 0) k.p = 9000;
+  if (k.n * k.c * k.p > 60000) k.n = k.bn, k.c = k.bc;
+  k.columns = r() % 2, k.sn = k.c * k.p, k.sc = k.columns ? 1 : k.p;
+  k.act = r() % 4, k.shift = r() % 2, k.about_mean = r() % 2, k.scale = r() % 4 > 0;
+  k.measure = r() % 2, k.from_batch = r() % 2, k.eps = 1e-5;
+  i64 all = k.n * k.c * k.p, areas = outer * (k.c / k.bc);
+  T *x = room<T>(r, all), *dy = room<T>(r, all), *y = room<T>(r, all), *dx = room<T>(r, all);
+  if (r() % 8 == 0) x[r() % all] = T{};
+  R *gamma = room<R>(r, k.c), *beta = room<R>(r, k.c), *tau = room<R>(r, k.c);
+  R *mean = room<R>(r, areas), *moment = room<R>(r, areas, true);
+  double *s0 = room<double>(r, k.c), *s1 = room<double>(r, k.c), *s2 = room<double>(r, k.c);
+  double *s3 = room<double>(r, areas);
+  k.x = x, k.dy = dy, k.y = r() % 8 ? y : nullptr, k.dx = r() % 8 ? dx : nullptr;
+  k.gamma = r() % 3 ? gamma : nullptr, k.beta = r() % 3 ? beta : nullptr;
+  k.tau = k.act == TLU ? tau : nullptr, k.mean = mean, k.moment = moment;
+  k.dgamma = r() % 4 ? s0 : nullptr, k.dbeta = r() % 4 ? s1 : nullptr, k.dtau = s2;
+  k.deps = r() % 2 ? s3 : nullptr;
+  int failed = normlab_forward(&k, dtype) | normlab_backward(&k, dtype);
+  for (void *p : {(void *)x, (void *)dy, (void *)y, (void *)dx, (void *)gamma, (void *)beta,
+                  (void *)tau, (void *)mean, (void *)moment, (void *)s0, (void *)s1, (void *)s2,
+                  (void *)s3})
+    std::free(p);
+  return failed;
+}
+
+int main() {
+  std::mt19937 r(1);
+  float nan = std::nanf(""), bad[] = {nan, INFINITY, -INFINITY, -3e38f, 3e38f};
+  for (float u : bad) std::printf("%g ", double(activate<SILU, float>(u, 0.0f)));
+  for (int i = 0; i < 250; i++)
+    if (once<float, float>(r, 0) | once<double, double>(r, 1) | once<bf16, float>(r, 2)) return 3;
+  Call none{};
+  return normlab_forward(&none, 9) == 1 ? 0 : 4;
+}
+"""
+
+
+def test_no_access_outside_of_what_was_given(tmp_path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    program, source = tmp_path / "driver", tmp_path / "driver.cpp"
+    # The driver follows the kernels in one file, where their names are known.
+    source.write_text(f'#include "{SOURCE}"\n{DRIVER}')
+    # Half-hearted optimization: -O0 would be slow to run, -O3 slow to build.
+    flags = ["-std=c++17", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
+             "-fsanitize=float-cast-overflow", "-fno-sanitize-recover=all"]  # fmt: skip
+    built = subprocess.run(
+        [compiler, *flags, str(source), "-o", str(program)], capture_output=True, text=True
+    )
+    if built.returncode and "san" in built.stderr and "cannot find" in built.stderr:
+        pytest.skip("g++ has no sanitizers here")
+    assert built.returncode == 0, built.stderr
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    ran = subprocess.run([program], capture_output=True, text=True, env=environment, timeout=120)
+    assert ran.returncode == 0, (ran.returncode, ran.stderr[-4000:])
