@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from normlab.core.card import Card, Invariance
-from normlab.core.recovery import Affine
-from normlab.core.statistics import Reduce, Running
-from normlab.core.whitening import Stored, Whiten, width_groups
+from normlab.core.whitening import BatchWhitening, Whitening
 
 
 def inverse_factor(a: Tensor) -> Tensor:
@@ -34,7 +33,7 @@ def inverse_factor(a: Tensor) -> Tensor:
     return w
 
 
-class CholeskyWhitening(Whiten):
+class CholeskyWhitening(BatchWhitening):
     """y = γ·L⁻¹·(x − μ) + β, with L·Lᵀ = Σ + εI, L lower triangular.
 
     Output channel i of a group is what channels before it do not predict of channel i, at unit
@@ -68,29 +67,7 @@ class CholeskyWhitening(Whiten):
 stored=matrix)
     """
 
-    def __init__(
-        self,
-        num_channels: int,
-        groups: int | None = None,
-        eps: float = 1e-3,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        *,
-        stored: Stored = "matrix",
-        channel_dim: int = 1,
-        reduce: Reduce | None = None,
-    ) -> None:
-        super().__init__(
-            num_channels,
-            "n (g c) * -> g c (n *)",
-            inverse_factor,
-            groups=width_groups(num_channels) if groups is None else groups,
-            eps=eps,
-            statistics=Running(momentum, reduce, bessel=False),
-            stored=stored,
-            recovery=Affine(affine, affine),
-            channel_dim=channel_dim,
-        )
+    whitening_of: ClassVar[Whitening] = staticmethod(inverse_factor)
 
 
 def reference(

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from normlab.core.card import Card, Invariance
-from normlab.core.recovery import Affine
-from normlab.core.statistics import Reduce, Running
-from normlab.core.whitening import Stored, Whiten, width_groups
+from normlab.core.whitening import BatchWhitening, Whitening
 from normlab.kernels.whiten import inverse_root
 
 
-class DecorrelatedBatchNorm(Whiten):
+class DecorrelatedBatchNorm(BatchWhitening):
     """y = γ·W·(x − μ) + β, W = U·Λ^(−1/2)·Uᵀ of Σ + εI = U·Λ·Uᵀ: ZCA whitening.
 
     Σ is the covariance of the channels of a group over samples and positions. Of all matrices that
@@ -47,29 +46,7 @@ class DecorrelatedBatchNorm(Whiten):
 stored=matrix)
     """
 
-    def __init__(
-        self,
-        num_channels: int,
-        groups: int | None = None,
-        eps: float = 1e-3,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        *,
-        stored: Stored = "matrix",
-        channel_dim: int = 1,
-        reduce: Reduce | None = None,
-    ) -> None:
-        super().__init__(
-            num_channels,
-            "n (g c) * -> g c (n *)",
-            inverse_root,
-            groups=width_groups(num_channels) if groups is None else groups,
-            eps=eps,
-            statistics=Running(momentum, reduce, bessel=False),
-            stored=stored,
-            recovery=Affine(affine, affine),
-            channel_dim=channel_dim,
-        )
+    whitening_of: ClassVar[Whitening] = staticmethod(inverse_root)
 
 
 def reference(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from normlab.core.card import Card, Invariance
-from normlab.core.recovery import Affine
-from normlab.core.statistics import Reduce, Running
-from normlab.core.whitening import Stored, Whiten, width_groups
+from normlab.core.whitening import BatchWhitening, Whitening
 from normlab.kernels.whiten import eigenpairs
 
 
@@ -27,7 +26,7 @@ def principal(a: Tensor) -> Tensor:
     return values.rsqrt().unsqueeze(-1) * u.mT
 
 
-class PCAWhitening(Whiten):
+class PCAWhitening(BatchWhitening):
     """y = γ·W·(x − μ) + β, W = Λ^(−1/2)·Uᵀ of Σ + εI = U·Λ·Uᵀ: PCA whitening.
 
     Output channel k of a group is the group's k-th principal component. Eigenvectors have neither
@@ -62,29 +61,7 @@ class PCAWhitening(Whiten):
 stored=covariance)
     """
 
-    def __init__(
-        self,
-        num_channels: int,
-        groups: int | None = None,
-        eps: float = 1e-3,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        *,
-        stored: Stored = "matrix",
-        channel_dim: int = 1,
-        reduce: Reduce | None = None,
-    ) -> None:
-        super().__init__(
-            num_channels,
-            "n (g c) * -> g c (n *)",
-            principal,
-            groups=width_groups(num_channels) if groups is None else groups,
-            eps=eps,
-            statistics=Running(momentum, reduce, bessel=False),
-            stored=stored,
-            recovery=Affine(affine, affine),
-            channel_dim=channel_dim,
-        )
+    whitening_of: ClassVar[Whitening] = staticmethod(principal)
 
 
 def reference(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -325,3 +325,36 @@ def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
         if x.is_contiguous(memory_format=wanted):
             return y.contiguous(memory_format=wanted)
     return y.contiguous()
+
+
+class BatchWhitening(Whiten):
+    """Abstract: the channels of each group whitened over all samples and positions.
+
+    A subclass names its `whitening_of`; its arguments are documented there.
+    """
+
+    whitening_of: ClassVar[Whitening]
+
+    def __init__(
+        self,
+        num_channels: int,
+        groups: int | None = None,
+        eps: float = 1e-3,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        *,
+        stored: Stored = "matrix",
+        channel_dim: int = 1,
+        reduce: st.Reduce | None = None,
+    ) -> None:
+        super().__init__(
+            num_channels,
+            "n (g c) * -> g c (n *)",
+            type(self).whitening_of,
+            groups=width_groups(num_channels) if groups is None else groups,
+            eps=eps,
+            statistics=st.Running(momentum, reduce, bessel=False),
+            stored=stored,
+            recovery=Affine(affine, affine),
+            channel_dim=channel_dim,
+        )
