@@ -17,7 +17,7 @@ from normlab.activations.evonorm_s0 import (
     spread,
 )
 from normlab.core.card import Card, invariances
-from normlab.core.checks import check_channels, check_input
+from normlab.core.checks import check_channels, check_input, refuse_single
 from normlab.core.operation import Scale
 from normlab.core.partition import Layout, partition
 from normlab.core.statistics import Current, Running
@@ -129,13 +129,7 @@ class EvoNormB0(StoringLayer):
             stored = hold(moment) if self._measures else moment
         if self._measures:
             if layout.members == 1:
-                raise ValueError(
-                    f"{self} in training mode needs more than one member an area; received shape "
-                    f"{layout.shape}, whose areas have 1, so that their variance is 0. Use larger "
-                    "batches, a method that does not share statistics between samples "
-                    "(evonorm_s0, group), or stored statistics: "
-                    "nl.statistics(model, use='stored', update=False)."
-                )
+                refuse_single(self, layout.shape, "evonorm_s0, group", "their variance is 0")
             with torch.no_grad():
                 given: Moments = moments(x.detach(), layout.member_dims, self.operation, mask)
             self._maybe_update([(layout, given)])

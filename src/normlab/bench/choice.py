@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Term:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def card(self) -> Card:
         """Its card."""
         from normlab.discovery import catalogue
@@ -86,7 +86,7 @@ class Choice:
         added = card.for_steps(forward_passes) if card.for_steps else {}
         return {k: str(v) for k, v in added.items() if k not in self.activation.options}
 
-    @property
+    @cached_property
     def warmup(self) -> float:
         """Least share of the steps over which the learning rate rises, as the papers ask."""
         return max(term.card.warmup for term in self.terms)

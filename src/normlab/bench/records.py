@@ -207,6 +207,27 @@ def _close_torn_line(file: Any) -> None:
                 file.write("\n")
 
 
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values with `torch.save`, whole or not at all.
+
+    Args:
+        path: Where.
+        state: What; `torch.load` with ``weights_only=True`` reads it.
+
+    Raises:
+        StoreError: If the disk is full or not writable.
+    """
+    import torch
+
+    part = path.with_name(f"{path.name}.part")
+    try:
+        torch.save(state, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        raise StoreError(f"cannot write the checkpoint {path}: {error}") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all.
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from normlab import data as sets
 from normlab.bench.phases import SCHEDULES, Phase, distillation_loss, learning_rate, two_stages
+from normlab.bench.records import write_state
 from normlab.bench.train import Stopped
 from normlab.networks.binary import binarize_weights
 from normlab.networks.plan import ImageShape, NormFactory, Plan
@@ -362,9 +363,7 @@ def _settings(network: nn.Module, phases: Iterable[Phase], samples: Samples, see
 
 def _write(state: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    torch.save(state, part)
-    part.replace(path)
+    write_state(path, state)
 
 
 def _read(path: Path | None, settings: str) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from normlab.bench import choice
 from normlab.bench.environment import environment, peak_memory, reset_peak_memory
 from normlab.bench.probe import initial_statistics
 from normlab.bench.recipe import RunSpec
-from normlab.bench.records import SCHEMA, Record, Store, StoreError
+from normlab.bench.records import SCHEMA, Record, Store, StoreError, write_state
 
 _EVALUATION_BATCH = 500
 _CHECKPOINT_SECONDS = 20.0
@@ -244,14 +244,7 @@ class Run:
             "totals": vars(self.totals),
             "random": torch.get_rng_state(),
         }
-        path = self.store.checkpoint(self.spec.id)
-        part = path.with_name(f"{path.name}.part")
-        try:
-            torch.save(state, part)
-            part.replace(path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            part.unlink(missing_ok=True)
-            raise StoreError(f"cannot write the checkpoint {path}: {error}") from error
+        write_state(self.store.checkpoint(self.spec.id), state)
         self.saved_at = time.monotonic()
 
     def restore(self) -> bool:
@@ -286,10 +279,9 @@ class Run:
     def begin(self) -> None:
         """Write the first line of the record."""
         images, labels, parts = self.batch()
-        passes = self.steps * self.parts
-        twin = build_network(self.spec, self.task.data, passes)  # no hook of a gradient method
-        rows, kept = initial_statistics(twin, images[parts[0]], labels[parts[0]])
-        added = self.choice.adapted(passes)
+        # Measured on a copy, whose hooks of gradient methods are attached to nothing.
+        rows, kept = initial_statistics(self.network, images[parts[0]], labels[parts[0]])
+        added = self.choice.adapted(self.steps * self.parts)
         if self.choice.warmup > self.spec.recipe.warmup:
             added["warmup"] = f"{self.choice.warmup:g}"
         parameters = sum(p.numel() for p in self.network.parameters())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import NoReturn
+
 import torch
 from torch import Tensor, nn
 
@@ -54,3 +57,45 @@ def check_input(
             f"mask has shape (N, *positions) = {expected} for an input of shape "
             f"{tuple(x.shape)}; received {tuple(mask.shape)}"
         )
+
+
+def refuse_single(
+    layer: nn.Module,
+    shape: tuple[int, ...],
+    instead: str,
+    because: str = "the output would be constant",
+) -> NoReturn:
+    """Refuse a batch whose areas have one member, in a layer that shares statistics.
+
+    Args:
+        layer: Named in the message.
+        shape: Of the input.
+        instead: Methods that would do.
+        because: What one member leads to.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        f"{layer} in training mode needs more than one member an area; received shape "
+        f"{shape}, whose areas have 1, so that {because}. "
+        "Use larger batches, a method that does not share statistics between samples "
+        f"({instead}), or stored statistics: "
+        "nl.statistics(model, use='stored', update=False)."
+    )
+
+
+def warn_of_single(layer: nn.Module, shape: tuple[int, ...], remedy: str) -> None:
+    """Warn of areas of one member that come out as zero whatever they held.
+
+    Args:
+        layer: Named in the message.
+        shape: Of the input.
+        remedy: A sentence.
+    """
+    warnings.warn(
+        f"{layer} on shape {shape}: areas have one member, so that the output is "
+        f"the shift alone and what the input held is lost. {remedy}",
+        RuntimeWarning,
+        stacklevel=3,
+    )

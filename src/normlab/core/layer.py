@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from types import ModuleType
 from typing import cast
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.core import statistics as st
-from normlab.core.checks import check_channels, check_input
+from normlab.core.checks import check_channels, check_input, refuse_single, warn_of_single
 from normlab.core.operation import LearnedEps, Operation
 from normlab.core.partition import Layout, PartitionError, partition
 from normlab.core.recovery import Affine
@@ -291,21 +290,10 @@ class Normalize(StoringLayer):
         if layout.members != 1 or not self.operation.erases_single or synchronized:
             return
         if self.partition.mixes_samples():
-            raise ValueError(
-                f"{self} in training mode needs more than one member an area; received shape "
-                f"{layout.shape}, whose areas have 1, so that the output would be constant. "
-                "Use larger batches, a method that does not share statistics between samples "
-                "(layer, group, rms, filter_response), or stored statistics: "
-                "nl.statistics(model, use='stored', update=False)."
-            )
+            refuse_single(self, layout.shape, "layer, group, rms, filter_response")
         if not self._warned and not torch.compiler.is_compiling():
             self._warned = True
-            warnings.warn(
-                f"{self} on shape {layout.shape}: areas have one member, so that the output is "
-                "the shift alone and what the input held is lost. Use larger groups.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_of_single(self, layout.shape, "Use larger groups.")
 
     def extra_repr(self) -> str:
         """Print the pattern in force and the options that matter."""

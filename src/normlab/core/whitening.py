@@ -7,7 +7,6 @@ channels of each group g are decorrelated over all samples and positions; in
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import ClassVar, Literal, get_args
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.core import statistics as st
-from normlab.core.checks import check_channels, check_input
+from normlab.core.checks import check_channels, check_input, refuse_single, warn_of_single
 from normlab.core.operation import Standardize
 from normlab.core.partition import Layout, PartitionError, partition
 from normlab.core.recovery import Affine
@@ -286,21 +285,10 @@ class Whiten(StoringLayer):
         if layout.members != 1 or self.statistics.reduce is not None:
             return
         if self.partition.mixes_samples():
-            raise ValueError(
-                f"{self} in training mode needs more than one member an area; received shape "
-                f"{layout.shape}, whose areas have 1, so that the output would be constant. "
-                "Use larger batches, a method that does not share statistics between samples "
-                "(layer, group, group_whitening), or stored statistics: "
-                "nl.statistics(model, use='stored', update=False)."
-            )
+            refuse_single(self, layout.shape, "layer, group, group_whitening")
         if not self._warned and not torch.compiler.is_compiling():
             self._warned = True
-            warnings.warn(
-                f"{self} on shape {layout.shape}: areas have one member, so that the output is "
-                "the shift alone and what the input held is lost. Use fewer groups.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_of_single(self, layout.shape, "Use fewer groups.")
 
     def extra_repr(self) -> str:
         """Print the pattern in force and the options that matter."""

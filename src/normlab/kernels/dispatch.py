@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 
 from normlab.kernels import closed_form, reference
+from normlab.kernels.cpu import call, library
 
 _BACKENDS: dict[str, ModuleType] = {
     "auto": closed_form,
@@ -62,15 +63,11 @@ class backend:
 
 def compiled_kernels() -> ModuleType | None:
     """Return the module of compiled kernels, or None where none were built."""
-    from normlab.kernels.cpu import call, library
-
     return call if library.load()[0] is not None else None
 
 
 def reason() -> str:
     """Say which compiled kernels are in use, or why none are."""
-    from normlab.kernels.cpu import library
-
     return library.load()[1]
 
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normlab.weights.scaled_standardization import scaled_deviation
+
 _EPS = 1e-5
 
 
@@ -100,15 +102,9 @@ def standardized(weight: Tensor, eps: float = _EPS) -> Tensor:
         >>> standardized(torch.tensor([[1.0, 3.0, 1.0, 3.0]]))
         tensor([[-0.5000,  0.5000, -0.5000,  0.5000]])
     """
-    dims = tuple(range(1, weight.ndim))
-    # Not torch.std: a constant filter would give the gradient 0/0. Here it gives 0.
-    wide = _wide(weight)
-    centered = wide - wide.mean(dims, keepdim=True)
-    variance = centered.square().mean(dims, keepdim=True)
-    positive = variance > 0
-    deviation = torch.where(positive, torch.where(positive, variance, 1.0).sqrt(), 0.0)
-    scaled: Tensor = centered / (deviation + eps) * weight[0].numel() ** -0.5
-    return scaled.to(weight.dtype)
+    rows = _wide(weight).flatten(1)
+    mean, deviation = scaled_deviation(rows, eps, "outside")
+    return ((rows - mean) / deviation).view_as(weight).to(weight.dtype)
 
 
 def _wide(weight: Tensor) -> Tensor:

@@ -66,21 +66,35 @@ class ScaledWeightStandardization(Unitwise):
 
     def compute(self, matrix: Tensor) -> Tensor:
         """The formula in the docstring."""
-        mean, moment, _ = kernels.moments(matrix, (1,), self.spec.operation)
-        assert mean is not None
-        assert moment is not None
-        if self.eps_form == "floor":
-            deviation = (moment * self.fan_in).clamp(min=self.eps).sqrt()
-        elif self.eps_form == "inside":
-            deviation = ((moment + self.eps) * self.fan_in).sqrt()
-        else:
-            # Equal weights have σ = 0, where the root has no derivative: 0 stands for it.
-            flat = moment == 0
-            root = moment.masked_fill(flat, 1).sqrt().masked_fill(flat, 0)
-            deviation = (root + self.eps) * math.sqrt(self.fan_in)
+        mean, deviation = scaled_deviation(matrix, self.eps, self.eps_form)
         factor = self.factor()
         scale = self.constant / deviation if factor is None else factor / deviation
         return (matrix - mean) * scale
+
+
+def scaled_deviation(matrix: Tensor, eps: float, eps_form: EpsForm) -> tuple[Tensor, Tensor]:
+    """μ, and σ·√fan_in with its ε, of each row.
+
+    Args:
+        matrix: One row a unit, fan_in columns.
+        eps: ε.
+        eps_form: Where ε stands, see `ScaledWeightStandardization`.
+
+    Returns:
+        Both of shape (units, 1).
+    """
+    fan_in = matrix.shape[1]
+    mean, moment, _ = kernels.moments(matrix, (1,), Standardize())
+    assert mean is not None
+    assert moment is not None
+    if eps_form == "floor":
+        return mean, (moment * fan_in).clamp(min=eps).sqrt()
+    if eps_form == "inside":
+        return mean, ((moment + eps) * fan_in).sqrt()
+    # Equal weights have σ = 0, where the root has no derivative: 0 stands for it.
+    flat = moment == 0
+    root = moment.masked_fill(flat, 1).sqrt().masked_fill(flat, 0)
+    return mean, (root + eps) * math.sqrt(fan_in)
 
 
 def reference(

@@ -383,11 +383,6 @@ struct Sums {
   double g = 0, gx = 0, t = 0;
 };
 
-template <class R> struct Out {
-  double *gamma, *beta, *tau; // one each a channel, or null
-  double *eps;                // one each an area
-};
-
 template <int A, class T, class R>
 void backward_rows(Job<T, R> job, const T *dy, T *dx, std::vector<Sums> &part, double *deps,
                    bool from_batch) {
