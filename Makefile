@@ -39,8 +39,8 @@ $(BIN)/python:
 
 # A stamp is newer than what decides its contents. The CPU kernels are compiled here, where there is
 # a C++ compiler, and not again with each extra.
-$(VENV)/.package: pyproject.toml constraints.txt setup.py src/normlab/kernels/cpu/normalize.cpp \
-  | $(BIN)/python
+$(VENV)/.package: pyproject.toml constraints.txt setup.py \
+  $(wildcard src/normlab/kernels/cpu/*.cpp src/normlab/kernels/cpu/*.h) | $(BIN)/python
 	$(PIP) -e .
 	@touch $@
 

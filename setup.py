@@ -14,7 +14,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-SOURCE = "src/normlab/kernels/cpu/normalize.cpp"
+FOLDER = "src/normlab/kernels/cpu"
+SOURCES, HEADERS = ([p.as_posix() for p in sorted(Path(FOLDER).glob(f"*.{end}"))]
+                    for end in ("cpp", "h"))  # fmt: skip
 
 # Exactly what torch asks of a processor before it calls it AVX2 or AVX512 (kernels/cpu/library.py).
 # Features, not -march=x86-64-v3, which older compilers do not know.
@@ -78,12 +80,14 @@ class PlainLibraries(build_ext):
         """
         for ext in self.extensions:
             name = self.get_ext_filename(self.get_ext_fullname(ext.name))
-            built, place = Path(self.build_lib, name), Path(SOURCE).with_name(Path(name).name)
+            built, place = Path(self.build_lib, name), Path(FOLDER, Path(name).name)
             if built.is_file():
                 part = place.with_name(f"{place.name}.{os.getpid()}.part")
                 self.copy_file(str(built), str(part))
                 part.replace(place)
-            elif place.is_file() and place.stat().st_mtime < Path(SOURCE).stat().st_mtime:
+            elif place.is_file() and place.stat().st_mtime < max(
+                Path(source).stat().st_mtime for source in SOURCES + HEADERS
+            ):
                 with contextlib.suppress(OSError):  # in use, on Windows
                     place.unlink()
 
@@ -93,7 +97,9 @@ setup(
     ext_modules=[]
     if os.environ.get("NORMLAB_KERNELS", "").lower() == "off"
     else [
-        Extension(f"normlab.kernels.cpu._{level}", [SOURCE], depends=["setup.py"], optional=True)
+        Extension(
+            f"normlab.kernels.cpu._{level}", SOURCES, depends=["setup.py", *HEADERS], optional=True
+        )
         for level in LEVELS
     ],
 )
