@@ -47,8 +47,26 @@ def load() -> list[float] | None:
 
 def command() -> str:
     """The command without directories, so that it reads the same on every machine."""
-    words = " ".join(["python benchmarks/layers.py", *sys.argv[1:]])
+    words = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return re.sub(r" --out[ =]\S+", "", words)
+
+
+def header(kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a measurement is of, and what it runs on."""
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command(),
+        "short": options.short,
+        "rounds": options.rounds,
+        "environment": environment() | {"revision": revision()},
+        "threads": torch.get_num_threads(),
+        "clock": "processor time" if cpu_time() else "wall time",
+        "libc": " ".join(platform.libc_ver()),
+        "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
+        "load_at_start": load(),
+    }
 
 
 class Record:
@@ -60,25 +78,12 @@ class Record:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        now = datetime.now(UTC)
         self.complete = False
         self.cells: set[tuple[str, ...]] = set()
         self._rows: list[dict[str, Any]] = []
-        self._head = {
-            "schema": SCHEMA,
-            "kind": "layers",
-            "date": now.isoformat(timespec="seconds"),
-            "command": command(),
-            "short": options.short,
-            "rounds": options.rounds,
-            "environment": environment() | {"revision": revision()},
-            "threads": torch.get_num_threads(),
-            "clock": "processor time" if cpu_time() else "wall time",
-            "libc": " ".join(platform.libc_ver()),
-            "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
-            "load_at_start": load(),
-        }
-        self._stem = free(options.out, f"layers-{now:%Y-%m-%d}-{slug(environment()['cpu'])}")
+        self._head = header("layers", options)
+        name = f"layers-{self._head['date'][:10]}-{slug(self._head['environment']['cpu'])}"
+        self._stem = free(options.out, name)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Add the rows of a cell, with the load at this time."""

@@ -227,3 +227,28 @@ def test_variance_shift_is_measured_in_a_short_run(tmp_path):
     direct = [r for r in rows if r["form"] == "dropout, then batch" and r["rate"] == 0.5]
     assert all(0 < layer["predicted"] < 1 for row in direct for layer in row["layers"])
     assert "| ic | 0.05 |" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+def test_steps_are_timed_beside_what_they_are_held_against(tmp_path):
+    script = BENCHMARKS / "steps.py"
+    line = [sys.executable, script, "--short", "--only", "adaptive_clip", "--out", tmp_path]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    (data,) = tmp_path.glob("*.json")
+    record = json.loads(data.read_text())
+    assert record["kind"] == "steps"
+    assert record["command"] == "python benchmarks/steps.py --short --only adaptive_clip"
+    names = [row["case"] for row in record["rows"]]
+    assert names == ["group", "adaptive_clip"]
+    base, method = record["rows"]
+    assert base["ratio"] == 1
+    assert method["ratio"] == method["step_ms"]["min"] / base["step_ms"]["min"]
+    assert "| adaptive_clip |" in data.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_steps_of_no_such_case_are_refused(tmp_path):
+    line = [sys.executable, BENCHMARKS / "steps.py", "--only", "agc", "--out", tmp_path]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 2
+    assert "no case is called 'agc'" in done.stderr
+    assert "adaptive_clip" in done.stderr
