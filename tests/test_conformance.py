@@ -1,5 +1,6 @@
 """The laws, each shown to hold where it should and to break where it should."""
 
+import dataclasses
 import doctest
 import math
 import random
@@ -40,7 +41,8 @@ class ShuffledLayout(Layout):
 
 class ShuffledPartition(Partition):
     def bind(self, shape, **options):
-        return ShuffledLayout(**vars(super().bind(shape, **options)))
+        layout = super().bind(shape, **options)
+        return ShuffledLayout(*(getattr(layout, f.name) for f in dataclasses.fields(layout)))
 
 
 class Shuffled(nl.BatchNorm):

@@ -200,12 +200,13 @@ class Normalize(StoringLayer):
         """Π, statistics, Φ, Ψ, Π⁻¹ for one piece; moments of the batch are added to `measured`."""
         sizes = self._sizes(x.shape[0], ghosts=self._measures)
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
-        kernels = dispatch.compiled() if mask is None and self._compilable else None
-        if kernels and kernels.supports(
-            x, layout, self.operation, self.activation,
-            (self.weight, self.bias, self.threshold), self._buffers.values(),
-        ):  # fmt: skip
-            return self._compiled(kernels, x, layout, measured)
+        if mask is None and self._compilable:
+            kernels = dispatch.kernels_for(
+                x, layout, self.operation, self.activation,
+                (self.weight, self.bias, self.threshold), self._buffers.values(),
+            )  # fmt: skip
+            if kernels is not None:
+                return self._compiled(kernels, x, layout, measured)
         view = layout.split(x)
         mask = None if mask is None else layout.per_position(mask)
         weight, bias, threshold, slope = [

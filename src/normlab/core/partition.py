@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
 
+import torch
 from torch import Tensor
 
 _TOKEN = re.compile(r"\(([^()]*)\)|(\S+)")
@@ -49,6 +50,9 @@ class Partition:
 
     def __str__(self) -> str:
         return self.pattern
+
+    def __hash__(self) -> int:
+        return hash(self.pattern)  # says it all, and a text remembers its hash
 
     def role(self, name: str) -> str:
         """Return ``"sample"``, ``"channel"`` or ``"position"``: the axis that `name` is part of."""
@@ -93,20 +97,28 @@ class Partition:
             )
         if channel_dim not in (1, -1):
             raise PartitionError(f"channel_dim is 1 or -1; received {channel_dim}")
+        if all(type(length) is int for length in shape) and not torch.compiler.is_compiling():
+            return _bound(self, tuple(shape), channel_dim, tuple((sizes or {}).items()))
+        return self._bind(shape, channel_dim, sizes or {})  # lengths that a tracer keeps open
+
+    def _bind(self, shape: Sequence[int], channel_dim: int, known: Mapping[str, int]) -> Layout:
+        """The layout of a shape; see `bind`."""
         n_names, c_names, _ = self.axes
         last = channel_dim == -1
         channels, positions = (shape[-1], shape[1:-1]) if last else (shape[1], shape[2:])
-        known = dict(sizes or {})
         parts_n = [(n, s) for n, s in self._split(n_names, shape[0], known, "sample")]
         parts_c = [(n, s) for n, s in self._split(c_names, channels, known, "channel")]
         parts_p = [("*", s) for s in positions]
         ordered = parts_n + (parts_p + parts_c if last else parts_c + parts_p)
+        dims = tuple(i for i, (name, _) in enumerate(ordered) if name in self.members)
         return Layout(
             partition=self,
             shape=tuple(shape),
             names=tuple(name for name, _ in ordered),
             split_shape=tuple(size for _, size in ordered),
             channel_dim=channel_dim,
+            member_dims=dims,
+            members=prod([ordered[i][1] for i in dims]),
         )
 
     def _split(
@@ -128,6 +140,14 @@ class Partition:
         return [(n, known.get(n, length // given)) for n in names]
 
 
+@lru_cache(maxsize=1024)
+def _bound(
+    p: Partition, shape: tuple[int, ...], channel_dim: int, sizes: tuple[tuple[str, int], ...]
+) -> Layout:
+    """The layout of a shape, made once: a layer sees the same few shapes again and again."""
+    return p._bind(shape, channel_dim, dict(sizes))
+
+
 def _nearest(length: int, given: int) -> str:
     """Name the divisors around a size that does not divide."""
     divisors = [d for d in range(1, length + 1) if length % d == 0]
@@ -146,6 +166,8 @@ class Layout:
         names: Name of each axis of the split view.
         split_shape: Shape of the split view.
         channel_dim: 1 or -1.
+        member_dims: Axes of the split view that statistics are taken over.
+        members: Number of elements that share one statistic.
     """
 
     partition: Partition
@@ -153,16 +175,8 @@ class Layout:
     names: tuple[str, ...]
     split_shape: tuple[int, ...]
     channel_dim: int
-
-    @property
-    def member_dims(self) -> tuple[int, ...]:
-        """Axes of the split view that statistics are taken over."""
-        return tuple(i for i, name in enumerate(self.names) if name in self.partition.members)
-
-    @property
-    def members(self) -> int:
-        """Number of elements that share one statistic."""
-        return prod([self.split_shape[i] for i in self.member_dims])
+    member_dims: tuple[int, ...]
+    members: int
 
     @cached_property
     def lengths(self) -> tuple[int, int, int]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
+from normlab.core.operation import Operation
+from normlab.core.partition import Layout
 from normlab.kernels import closed_form, reference
 from normlab.kernels.cpu import call, library
+
+# Families of compiled kernels, asked in this order. Each has the functions `supports`, `normalize`
+# and `moments` of `normlab.kernels.cpu.call`.
+FAMILIES: tuple[ModuleType, ...] = (call,)
 
 _BACKENDS: dict[str, ModuleType] = {
     "auto": closed_form,
@@ -71,11 +79,38 @@ def reason() -> str:
     return library.load()[1]
 
 
-def compiled() -> ModuleType | None:
-    """Return the module of compiled kernels where they are wanted and present, and not traced."""
+def compiled() -> tuple[ModuleType, ...]:
+    """Return the families of compiled kernels where they are wanted and present, and not traced."""
     if _current not in ("auto", "cpu") or torch.compiler.is_compiling():
-        return None
-    return compiled_kernels()
+        return ()
+    return FAMILIES if library.load()[0] is not None else ()
+
+
+def kernels_for(
+    x: Tensor,
+    layout: Layout,
+    operation: Operation,
+    activation: str | None,
+    parameters: tuple[Tensor | None, ...] = (),
+    buffers: Iterable[Tensor | None] = (),
+) -> ModuleType | None:
+    """Return the family of compiled kernels that computes this case, or None.
+
+    Args:
+        x: The input.
+        layout: Π bound to its shape.
+        operation: Φ.
+        activation: The fused activation.
+        parameters: γ, β and τ.
+        buffers: Stored statistics.
+
+    Returns:
+        A module with the functions `normalize` and `moments`.
+    """
+    for family in compiled():
+        if family.supports(x, layout, operation, activation, parameters, buffers):
+            return family
+    return None
 
 
 def implementation() -> ModuleType:
