@@ -37,12 +37,27 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
   k.n = outer * k.bn, k.c = groups * k.bc, k.p = pick({1, 1, 2, 3, 7, 15, 16, 17, 49, 64, 131});
   if (r() % 40 == 0) k.p = 9000;
   if (k.n * k.c * k.p > 60000) k.n = k.bn, k.c = k.bc;
-  k.columns = r() % 2, k.sn = k.c * k.p, k.sc = k.columns ? 1 : k.p;
+  k.columns = r() % 2;
   k.act = r() % 4, k.shift = r() % 2, k.about_mean = r() % 2, k.scale = r() % 4 > 0;
   k.measure = r() % 2, k.from_batch = r() % 2, k.eps = 1e-5;
-  i64 all = k.n * k.c * k.p, areas = outer * (k.c / k.bc);
-  T *x = room<T>(r, all), *dy = room<T>(r, all), *y = room<T>(r, all), *dx = room<T>(r, all);
-  if (r() % 8 == 0) x[r() % all] = T{};
+  // Strides with gaps between rows and between samples, or none; 0 is an expanded axis.
+  auto strides = [&](i64 &sn, i64 &sc, i64 &sp, bool read) {
+    i64 &outer = k.columns ? sp : sc, rows = k.columns ? k.p : k.c;
+    (k.columns ? sc : sp) = 1;
+    i64 length = k.columns ? k.c : k.p;
+    outer = length + (r() % 3 ? 0 : 3);
+    if (read && r() % 8 == 0) outer = 0;
+    sn = rows * outer + (r() % 3 ? 0 : 5);
+    if (read && r() % 8 == 0) sn = 0;
+    if (k.columns && k.p == 1) sn = sp;
+    return (k.n - 1) * sn + (rows - 1) * outer + length;
+  };
+  i64 areas = outer * (k.c / k.bc), size = strides(k.xn, k.xc, k.xp, true);
+  T *x = room<T>(r, size);
+  if (r() % 8 == 0) x[r() % size] = T{};
+  T *dy = room<T>(r, strides(k.gn, k.gc, k.gp, true));
+  size = strides(k.yn, k.yc, k.yp, false);
+  T *y = room<T>(r, size), *dx = room<T>(r, size);
   R *gamma = room<R>(r, k.c), *beta = room<R>(r, k.c), *tau = room<R>(r, k.c);
   R *mean = room<R>(r, areas), *moment = room<R>(r, areas, true);
   double *s0 = room<double>(r, k.c), *s1 = room<double>(r, k.c), *s2 = room<double>(r, k.c);

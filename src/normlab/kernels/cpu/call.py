@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -96,32 +98,77 @@ def supports(
     )
 
 
+Walk = tuple[int, int, int]
+"""Elements from one sample, channel and position to the next."""
+
+
+@lru_cache(maxsize=1024)
+def _walks(
+    shape: tuple[int, ...], strides: tuple[int, ...], last: bool
+) -> tuple[Walk | None, Walk | None]:
+    """How memory is walked in rows of positions and in rows of channels; None where it is not.
+
+    Args:
+        shape: Of the tensor.
+        strides: Of the tensor: any, zero of expanded and equal ones of overlapping views too.
+        last: Whether channels are the last axis.
+
+    Returns:
+        The walks by rows and by columns.
+    """
+    axes = list(zip(shape, strides, strict=True))
+    n, (channels, c) = axes[0][1], axes.pop(-1 if last else 1)
+    positions = [axis for axis in axes[1:] if axis[0] != 1]
+    if any(out != size * step for (_, out), (size, step) in pairwise(positions)):
+        return None, None
+    if not positions:  # samples are rows of channels, at one stride
+        return None, (n, 1, n) if c == 1 or channels == 1 else None
+    p = positions[-1][1]
+    return (n, c, 1) if p == 1 else None, (n, 1, p) if c == 1 or channels == 1 else None
+
+
 def _place(x: Tensor, layout: Layout) -> tuple[Tensor, bool]:
-    """x in an order that the kernels walk, copied only if in none, and if channels are last."""
-    if layout.channel_dim == -1 or x.ndim == 2:  # without positions, a sample is a row of channels
-        if not x.is_contiguous() and x.movedim(-1, 1).is_contiguous():
-            return x, False
-        return x.contiguous(), True
-    if x.is_contiguous():
-        return x, False
-    if x.movedim(1, -1).is_contiguous():
-        return x, True
-    return x.contiguous(), False
+    """x in an order that the kernels walk, copied only if in none, and if by columns."""
+    last = layout.channel_dim == -1
+    rows, columns = _walks(layout.shape, x.stride(), last)
+    if rows is None and columns is None:
+        return x.contiguous(), last or layout.lengths[2] == 1
+    # Where both do (one channel), the rows are longer.
+    return x, rows is None
+
+
+def _like(x: Tensor, layout: Layout, columns: bool) -> Tensor:
+    """Dense room for a result, in the order of x."""
+    y = torch.empty_like(x)
+    # Expanded axes have no order.
+    if _walks(layout.shape, y.stride(), layout.channel_dim == -1)[columns] is not None:
+        return y
+    if columns and layout.channel_dim == 1:
+        return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1)
+    if not columns and layout.channel_dim == -1:
+        return x.new_empty(x.movedim(-1, 1).shape).movedim(1, -1)
+    return x.new_empty(x.shape)
 
 
 def _call(
-    job: Job, x: Tensor, columns: bool, mean: Tensor, moment: Tensor, parameters: _Parameters
-) -> Call:
-    """The part of the record that both directions share."""
-    n, c, p = job.layout.lengths
-    bn, bc = job.layout.blocks or (1, 1)
-    op = job.spec.operation
+    job: Job, x: Tensor, columns: bool, mean: Tensor, moment: Tensor, parameters: _Parameters,
+    out: Tensor | None, dy: Tensor | None = None,
+) -> Call:  # fmt: skip
+    """The record; `out` is y, or the gradient of x."""
+    layout, op = job.layout, job.spec.operation
+
+    def walk(t: Tensor | None) -> Walk:
+        found = t if t is None else _walks(layout.shape, t.stride(), layout.channel_dim == -1)
+        return found[columns] or (0, 0, 0) if found else (0, 0, 0)
+
     call = Call(
-        n, c, p, c * p, 1 if columns else p, bn, bc, columns, _ACTIVATIONS[job.spec.activation],
-        op.shift, op.about == "mean", op.p is not None, 0, job.from_batch, job.eps,
+        *layout.lengths, *(layout.blocks or (1, 1)), *walk(x), *walk(dy), *walk(out),
+        columns, _ACTIVATIONS[job.spec.activation], op.shift, op.about == "mean", op.p is not None,
+        0, job.from_batch, job.eps,
     )  # fmt: skip
     call.x, call.mean, call.moment = x.data_ptr(), mean.data_ptr(), moment.data_ptr()
     call.gamma, call.beta, call.tau = (None if t is None else t.data_ptr() for t in parameters)
+    call.dy = None if dy is None else dy.data_ptr()
     return call
 
 
@@ -157,11 +204,11 @@ class _Normalize(torch.autograd.Function):
         job: Job,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, columns = _place(x, job.layout)
-        y = torch.empty_like(x)
+        y = _like(x, job.layout, columns)
         measure = mean is None and moment is None
         mean, moment = _statistics(job, x, mean, moment)
         parameters = _widened((weight, bias, threshold), _wide(x))
-        call = _call(job, x, columns, mean, moment, parameters)
+        call = _call(job, x, columns, mean, moment, parameters, y)
         call.measure, call.y = measure, y.data_ptr()
         _run("normlab_forward", call, x.dtype)
         ctx.job = job
@@ -182,14 +229,15 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled() or not direct:
             return _differentiable(job, needs, dy, x, weight, bias, threshold, eps, mean, moment)
         x, columns = _place(x, job.layout)  # hooks on saved tensors may have changed its order
-        if dy.stride() != x.stride() or dy.is_neg() or dy._is_zerotensor():
-            dy = torch.empty_like(x).copy_(dy)
+        walks = _walks(job.layout.shape, dy.stride(), job.layout.channel_dim == -1)
+        if walks[columns] is None or dy.is_neg() or dy._is_zerotensor():
+            dy = _like(x, job.layout, columns).copy_(dy)
         parameters = _widened((weight, bias, threshold), _wide(x))
-        call = _call(job, x, columns, mean, moment, parameters)
-        dx = torch.empty_like(x) if needs[0] else None
+        dx = _like(x, job.layout, columns) if needs[0] else None
+        call = _call(job, x, columns, mean, moment, parameters, dx, dy)
         sums = x.new_empty(3, job.layout.lengths[1], dtype=torch.float64)
         areas = x.new_empty(mean.numel(), dtype=torch.float64) if eps is not None else None
-        call.dy, call.dx = dy.data_ptr(), None if dx is None else dx.data_ptr()
+        call.dx = None if dx is None else dx.data_ptr()
         call.dgamma, call.dbeta, call.dtau = (row.data_ptr() for row in sums)
         call.deps = None if areas is None else areas.data_ptr()
         _run("normlab_backward", call, x.dtype)
@@ -276,7 +324,7 @@ def moments(x: Tensor, layout: Layout, spec: Spec) -> Moments:
     job = Job(layout, spec, 0.0, True)
     placed, columns = _place(x.detach(), layout)
     mean, moment = _statistics(job, placed, None, None)
-    call = _call(job, placed, columns, mean, moment, (None, None, None))
+    call = _call(job, placed, columns, mean, moment, (None, None, None), None)
     call.measure = 1
     _run("normlab_forward", call, x.dtype)
     return _shaped(mean, moment, layout, spec)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 1
+ABI = 2
 SWITCH = "NORMLAB_KERNELS"
 FOLDER = Path(__file__).resolve().parent
 # What torch itself found the processor (and ATEN_CPU_CAPABILITY) to allow, best library first.
@@ -22,8 +22,8 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         *[(name, ctypes.c_int64) for name in (
-            "n", "c", "p", "sn", "sc", "bn", "bc", "columns", "act", "shift", "about_mean", "scale",
-            "measure", "from_batch",
+            "n", "c", "p", "bn", "bc", "xn", "xc", "xp", "gn", "gc", "gp", "yn", "yc", "yp",
+            "columns", "act", "shift", "about_mean", "scale", "measure", "from_batch",
         )],
         ("eps", ctypes.c_double),
         *[(name, ctypes.c_void_p) for name in (

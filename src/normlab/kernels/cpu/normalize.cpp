@@ -1,8 +1,10 @@
 // Standardize, scale or center areas of a tensor, with affine and activation, and its gradient.
 //
 // A tensor is N samples x C channels x P positions, in one of two orders of memory:
-//   rows    (n, c) rows of P contiguous elements, at any strides of n and c   ("channels first")
-//   columns n blocks of P x C contiguous elements                             ("channels last")
+//   rows    (n, c) rows of P contiguous elements, at any strides of n and c     ("channels first")
+//   columns (n, p) rows of C contiguous elements, at any strides of n and p     ("channels last")
+// The input, its gradient's counterpart dy, and the results have strides of their own, so that
+// slices and expanded tensors are read where they are.
 // An area is a block of `bn` samples and `bc` channels with all their positions: batch norm has
 // bn = N, bc = 1; instance norm 1, 1; group norm 1, C/g; layer norm 1, C; ghost batches n, 1.
 //
@@ -20,7 +22,6 @@ namespace {
 
 struct Shape {
   i64 n, c, p;       // samples, channels, positions
-  i64 sn, sc;        // strides of samples and channels (rows); of samples (columns)
   i64 bn, bc;        // samples and channels of an area
   i64 groups() const { return c / bc; }
   i64 areas() const { return n / bn * groups(); }
@@ -116,19 +117,21 @@ template <class T, class R> struct Columns {
   double count = 0;
   explicit Columns(i64 c) : mean(c), left(c), square(c), m(c), m2(c) {}
 
-  void add(const T *x, i64 rows, i64 c, bool centred) {
+  // `stride` elements from one row to the next
+  void add(const T *x, i64 stride, i64 rows, i64 c, bool centred) {
     i64 step = piece_rows(c, sizeof(R));
-    for (i64 r = 0; r < rows; r += step) piece(x + r * c, std::min(step, rows - r), c, centred);
+    for (i64 r = 0; r < rows; r += step)
+      piece(x + r * stride, stride, std::min(step, rows - r), c, centred);
   }
 
-  void piece(const T *x, i64 rows, i64 c, bool centred) {
+  void piece(const T *x, i64 stride, i64 rows, i64 c, bool centred) {
     R *mu = mean.data(), *l = left.data(), *q = square.data();
     std::fill(mu, mu + c, R(0));
     std::fill(l, l + c, R(0));
     std::fill(q, q + c, R(0));
     if (centred) {
       for (i64 r = 0; r < rows; r++) {
-        const T *row = x + r * c;
+        const T *row = x + r * stride;
 #pragma omp simd
         for (i64 j = 0; j < c; j++) mu[j] += load(row, j);
       }
@@ -137,7 +140,7 @@ template <class T, class R> struct Columns {
       for (i64 j = 0; j < c; j++) mu[j] *= inverse;
     }
     for (i64 r = 0; r < rows; r++) {
-      const T *row = x + r * c;
+      const T *row = x + r * stride;
 #pragma omp simd
       for (i64 j = 0; j < c; j++) {
         R z = load(row, j) - mu[j];
@@ -156,6 +159,12 @@ template <class T, class R> struct Columns {
     }
     count = total;
   }
+};
+
+// Elements from one sample, channel and position to the next.
+struct Strides {
+  i64 n, c, p;
+  i64 row(i64 in, i64 ic) const { return in * n + ic * c; }
 };
 
 struct Op {
@@ -179,6 +188,7 @@ template <class R> struct Area {
 
 template <class T, class R> struct Job {
   Shape s;
+  Strides xs, gs, ys;               // of x, of dy, and of y or dx
   Op op;
   const T *x;
   R *mean, *moment;                 // one each an area
@@ -226,8 +236,8 @@ template <class T> i64 block_channels(const Shape &s) {
 template <int A, class T, class R> void apply_row(const Job<T, R> &job, const Area<R> &area, i64 n, i64 c, T *y) {
   R mu, a, b;
   job.line(area, c, mu, a, b);
-  i64 at = n * job.s.sn + c * job.s.sc;
-  row_apply<A, T, R>(job.x + at, y + at, job.s.p, mu, a, b, job.threshold(c));
+  row_apply<A, T, R>(job.x + job.xs.row(n, c), y + job.ys.row(n, c), job.s.p, mu, a, b,
+                     job.threshold(c));
 }
 
 template <int A, class T, class R> void forward_rows(Job<T, R> job, T *y, bool measure) {
@@ -247,7 +257,7 @@ template <int A, class T, class R> void forward_rows(Job<T, R> job, T *y, bool m
         for (i64 n = n0; n < n0 + s.bn; n++)
           for (i64 c = c0; c < c1; c++) {
             double mean, m2;
-            row_moment(job.x + n * s.sn + c * s.sc, s.p, job.op.uses_mean(), mean, m2);
+            row_moment(job.x + job.xs.row(n, c), s.p, job.op.uses_mean(), mean, m2);
             totals[(c - c0) / s.bc].add(double(s.p), mean, m2);
           }
         for (i64 g = 0; g < groups; g++) {
@@ -303,9 +313,9 @@ void backward_rows(Job<T, R> job, const T *dy, T *dx, std::vector<Sums> &part, d
       for (i64 c = c0; c < c1; c++) {
         R mu, a, b;
         job.line(job.given(s.area(n0, c)), c, mu, a, b);
-        i64 at = n * s.sn + c * s.sc;
         double g, gx, t;
-        row_sums<A, T, R>(job.x + at, dy + at, s.p, mu, a, b, job.threshold(c), g, gx, t);
+        row_sums<A, T, R>(job.x + job.xs.row(n, c), dy + job.gs.row(n, c), s.p, mu, a, b,
+                          job.threshold(c), g, gx, t);
         mine[c].g += g, mine[c].gx += gx, mine[c].t += t;
       }
     for (i64 c = c0; c < c1; c += s.bc) {
@@ -323,9 +333,9 @@ void backward_rows(Job<T, R> job, const T *dy, T *dx, std::vector<Sums> &part, d
           R mu, a, b;
           job.line(area, j, mu, a, b);
           Slope<R> q = slope_of(job, area, j, sum_h, sum_hx, from_batch);
-          i64 at = n * s.sn + j * s.sc;
-          row_gradient<A, T, R>(job.x + at, dy + at, dx + at, s.p, mu, a, b, job.threshold(j),
-                                q.p1, q.mub, q.k, q.h);
+          row_gradient<A, T, R>(job.x + job.xs.row(n, j), dy + job.gs.row(n, j),
+                                dx + job.ys.row(n, j), s.p, mu, a, b, job.threshold(j), q.p1,
+                                q.mub, q.k, q.h);
         }
     }
   }
@@ -339,11 +349,11 @@ template <class R> struct Lines {
 };
 
 template <int A, class T, class R>
-void columns_apply(const T *x, T *y, i64 rows, i64 c, const Lines<R> &l) {
+void columns_apply(const T *x, i64 xp, T *y, i64 yp, i64 rows, i64 c, const Lines<R> &l) {
   const R *mu = l.mu.data(), *a = l.a.data(), *b = l.b.data(), *tau = l.tau.data();
   for (i64 r = 0; r < rows; r++) {
-    const T *from = x + r * c;
-    T *to = y + r * c;
+    const T *from = x + r * xp;
+    T *to = y + r * yp;
 #pragma omp simd
     for (i64 j = 0; j < c; j++)
       store(to, j, activate<A, R>((load(from, j) - mu[j]) * a[j] + b[j], tau[j]));
@@ -351,10 +361,11 @@ void columns_apply(const T *x, T *y, i64 rows, i64 c, const Lines<R> &l) {
 }
 
 template <int A, class T, class R>
-void columns_sums(const T *x, const T *dy, i64 rows, i64 c, const Lines<R> &l, R *s0, R *s1, R *s2) {
+void columns_sums(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const Lines<R> &l,
+                  R *s0, R *s1, R *s2) {
   const R *mu = l.mu.data(), *a = l.a.data(), *b = l.b.data(), *tau = l.tau.data();
   for (i64 r = 0; r < rows; r++) {
-    const T *v = x + r * c, *w = dy + r * c;
+    const T *v = x + r * xp, *w = dy + r * gp;
 #pragma omp simd
     for (i64 j = 0; j < c; j++) {
       R z = load(v, j) - mu[j], d = load(w, j);
@@ -367,18 +378,33 @@ void columns_sums(const T *x, const T *dy, i64 rows, i64 c, const Lines<R> &l, R
 }
 
 template <int A, class T, class R>
-void columns_gradient(const T *x, const T *dy, T *dx, i64 rows, i64 c, const Lines<R> &l) {
+void columns_gradient(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i64 rows, i64 c,
+                      const Lines<R> &l) {
   const R *mu = l.mu.data(), *a = l.a.data(), *b = l.b.data(), *tau = l.tau.data();
   const R *p1 = l.p1.data(), *mub = l.mub.data(), *k = l.k.data(), *h = l.h.data();
   for (i64 r = 0; r < rows; r++) {
-    const T *v = x + r * c, *w = dy + r * c;
-    T *to = dx + r * c;
+    const T *v = x + r * xp, *w = dy + r * gp;
+    T *to = dx + r * yp;
 #pragma omp simd
     for (i64 j = 0; j < c; j++) {
       R e = load(v, j);
       R g = slope<A, R>((e - mu[j]) * a[j] + b[j], tau[j], load(w, j));
       store(to, j, g * p1[j] - (k[j] != R(0) ? (e - mub[j]) * k[j] : R(0)) - h[j]);
     }
+  }
+}
+
+// Whether the rows of consecutive samples follow each other at one stride.
+inline bool whole(const Shape &s, const Strides &t) { return t.n == s.p * t.p; }
+
+// Calls f(sample, position, rows) for the rows `from` to `to` of the block of samples from n0 on: once
+// where the strides make them one matrix, else once a sample.
+template <class F>
+void runs(const Shape &s, bool whole, i64 n0, i64 from, i64 to, F f) {
+  while (from < to) {
+    i64 rows = whole ? to - from : std::min(to - from, s.p - from % s.p);
+    f(n0 + from / s.p, from % s.p, rows);
+    from += rows;
   }
 }
 
@@ -426,16 +452,17 @@ template <int A, class T, class R> void forward_columns(Job<T, R> job, T *y, boo
 #pragma omp for schedule(static)
         for (i64 n = 0; n < s.n; n++) {
           own.assign(1, Columns<T, R>(s.c));
-          if (measure) own[0].add(job.x + n * s.sn, rows, s.c, job.op.uses_mean());
+          if (measure) own[0].add(job.x + n * job.xs.n, job.xs.p, rows, s.c, job.op.uses_mean());
           settle(n, own, areas);
           if (!y) continue;
           columns_lines(job, areas, lines);
-          columns_apply<A, T, R>(job.x + n * s.sn, y + n * s.sn, rows, s.c, lines);
+          columns_apply<A, T, R>(job.x + n * job.xs.n, job.xs.p, y + n * job.ys.n, job.ys.p, rows,
+                                 s.c, lines);
         }
       }
       continue;
     }
-    const T *x = job.x + first * s.bn * s.sn;
+    i64 n0 = first * s.bn;
     std::vector<Area<R>> areas(s.groups());
     Lines<R> lines(s.c);
 #pragma omp parallel for schedule(static)
@@ -443,16 +470,20 @@ template <int A, class T, class R> void forward_columns(Job<T, R> job, T *y, boo
       if (!measure) continue;
       i64 from = rows * i / parts, to = rows * (i + 1) / parts;
       found[i] = Columns<T, R>(s.c);
-      found[i].add(x + from * s.c, to - from, s.c, job.op.uses_mean());
+      runs(s, whole(s, job.xs), n0, from, to, [&](i64 n, i64 p, i64 count) {
+        found[i].add(job.x + n * job.xs.n + p * job.xs.p, job.xs.p, count, s.c, job.op.uses_mean());
+      });
     }
     settle(first, found, areas);
     if (!y) continue;
     columns_lines(job, areas, lines);
-    T *out = y + first * s.bn * s.sn;
 #pragma omp parallel for schedule(static)
     for (i64 j = 0; j < parts; j++) {
       i64 i = parts - 1 - j, from = rows * i / parts, to = rows * (i + 1) / parts;
-      columns_apply<A, T, R>(x + from * s.c, out + from * s.c, to - from, s.c, lines);
+      runs(s, whole(s, job.xs) && whole(s, job.ys), n0, from, to, [&](i64 n, i64 p, i64 count) {
+        columns_apply<A, T, R>(job.x + n * job.xs.n + p * job.xs.p, job.xs.p,
+                               y + n * job.ys.n + p * job.ys.p, job.ys.p, count, s.c, lines);
+      });
     }
   }
 }
@@ -461,14 +492,15 @@ template <class R> struct ColumnSums {
   std::vector<R> r0, r1, r2;
   std::vector<Sums> total;
   explicit ColumnSums(i64 c) : r0(c), r1(c), r2(c), total(c) {}
-  template <int A, class T> void add(const T *x, const T *dy, i64 rows, i64 c, const Lines<R> &l) {
+  template <int A, class T>
+  void add(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const Lines<R> &l) {
     i64 step = std::min<i64>(1024, 8 * piece_rows(c, sizeof(R)));
     for (i64 r = 0; r < rows; r += step) {
       std::fill(r0.begin(), r0.end(), R(0));
       std::fill(r1.begin(), r1.end(), R(0));
       std::fill(r2.begin(), r2.end(), R(0));
-      columns_sums<A, T, R>(x + r * c, dy + r * c, std::min(step, rows - r), c, l, r0.data(),
-                            r1.data(), r2.data());
+      columns_sums<A, T, R>(x + r * xp, xp, dy + r * gp, gp, std::min(step, rows - r), c, l,
+                            r0.data(), r1.data(), r2.data());
       for (i64 j = 0; j < c; j++)
         total[j].g += double(r0[j]), total[j].gx += double(r1[j]), total[j].t += double(r2[j]);
     }
@@ -509,25 +541,31 @@ void backward_columns(Job<T, R> job, const T *dy, T *dx, std::vector<Sums> &part
       for (i64 n = 0; n < s.n; n++) {
         begin(n, areas, l);
         ColumnSums<R> sums(s.c);
-        sums.template add<A, T>(job.x + n * s.sn, dy + n * s.sn, rows, s.c, l);
+        sums.template add<A, T>(job.x + n * job.xs.n, job.xs.p, dy + n * job.gs.n, job.gs.p, rows,
+                                s.c, l);
         std::copy(sums.total.begin(), sums.total.end(), part.begin() + n * s.c);
         settle(n, areas, l);
         if (dx)
-          columns_gradient<A, T, R>(job.x + n * s.sn, dy + n * s.sn, dx + n * s.sn, rows, s.c, l);
+          columns_gradient<A, T, R>(job.x + n * job.xs.n, job.xs.p, dy + n * job.gs.n, job.gs.p,
+                                    dx + n * job.ys.n, job.ys.p, rows, s.c, l);
       }
     }
     return;
   }
   std::vector<Area<R>> areas(s.groups());
   Lines<R> l(s.c);
+  bool joined = whole(s, job.xs) && whole(s, job.gs);
   for (i64 block = 0; block < outer; block++) {
-    i64 base = block * s.bn * s.sn;
+    i64 n0 = block * s.bn;
     begin(block, areas, l);
     std::vector<ColumnSums<R>> sums(parts, ColumnSums<R>(s.c));
 #pragma omp parallel for schedule(static)
     for (i64 i = 0; i < parts; i++) {
       i64 from = rows * i / parts, to = rows * (i + 1) / parts;
-      sums[i].template add<A, T>(job.x + base + from * s.c, dy + base + from * s.c, to - from, s.c, l);
+      runs(s, joined, n0, from, to, [&](i64 n, i64 p, i64 count) {
+        sums[i].template add<A, T>(job.x + n * job.xs.n + p * job.xs.p, job.xs.p,
+                                   dy + n * job.gs.n + p * job.gs.p, job.gs.p, count, s.c, l);
+      });
     }
     for (auto &one : sums)
       for (i64 c = 0; c < s.c; c++) {
@@ -539,8 +577,11 @@ void backward_columns(Job<T, R> job, const T *dy, T *dx, std::vector<Sums> &part
 #pragma omp parallel for schedule(static)
     for (i64 j = 0; j < parts; j++) {
       i64 i = parts - 1 - j, from = rows * i / parts, to = rows * (i + 1) / parts;
-      columns_gradient<A, T, R>(job.x + base + from * s.c, dy + base + from * s.c,
-                                dx + base + from * s.c, to - from, s.c, l);
+      runs(s, joined && whole(s, job.ys), n0, from, to, [&](i64 n, i64 p, i64 count) {
+        columns_gradient<A, T, R>(job.x + n * job.xs.n + p * job.xs.p, job.xs.p,
+                                  dy + n * job.gs.n + p * job.gs.p, job.gs.p,
+                                  dx + n * job.ys.n + p * job.ys.p, job.ys.p, count, s.c, l);
+      });
     }
   }
 }
@@ -561,7 +602,8 @@ void backward(const Job<T, R> &job, const T *dy, T *dx, std::vector<Sums> &part,
 
 // One record for both directions; kept in step with kernels/cpu/call.py.
 struct Call {
-  i64 n, c, p, sn, sc, bn, bc;
+  i64 n, c, p, bn, bc;
+  i64 xn, xc, xp, gn, gc, gp, yn, yc, yp; // strides of x, of dy, and of y or dx
   i64 columns, act, shift, about_mean, scale, measure, from_batch;
   double eps;
   const void *x, *dy, *gamma, *beta, *tau;
@@ -572,10 +614,11 @@ struct Call {
 namespace {
 
 template <class T, class R = typename Math<T>::type> Job<T, R> job_of(const Call &k) {
-  Shape s{k.n, k.c, k.p, k.sn, k.sc, k.bn, k.bc};
+  Shape s{k.n, k.c, k.p, k.bn, k.bc};
+  Strides xs{k.xn, k.xc, k.xp}, gs{k.gn, k.gc, k.gp}, ys{k.yn, k.yc, k.yp};
   Op op{k.shift != 0, k.about_mean != 0, k.scale != 0, k.eps};
   auto p = [](const void *q) { return static_cast<const R *>(q); };
-  return {s, op, static_cast<const T *>(k.x), static_cast<R *>(k.mean), static_cast<R *>(k.moment),
+  return {s, xs, gs, ys, op, static_cast<const T *>(k.x), static_cast<R *>(k.mean), static_cast<R *>(k.moment),
           p(k.gamma), p(k.beta), p(k.tau)};
 }
 
@@ -642,4 +685,4 @@ EXPORT int normlab_backward(const Call *call, int dtype) noexcept {
   }
 }
 
-EXPORT int normlab_abi() noexcept { return 1; }
+EXPORT int normlab_abi() noexcept { return 2; }
