@@ -12,11 +12,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from normlab.core.operation import Standardize
+from normlab.core.partition import partition
 from normlab.core.statistics import pool
+from normlab.kernels.measure import moments
 from normlab.kernels.transforms import transformed
 
 Reduce = Callable[[Tensor], Tensor]
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # rows, mean, biased variance; samples
+
+_CHANNELS = partition("n c * -> c (n *)")
 
 
 class InputStatistics:
@@ -55,14 +59,18 @@ class InputStatistics:
 
     def of(self, x: Tensor) -> Batch:
         """Statistics of one input; all 0 where anything is not finite."""
+        x = x.detach()
         dense = self.axes == 0
         batched = x.ndim > (1 if dense else 1 + self.axes)
-        samples = x.shape[0] if batched else 1
-        channel = -1 if dense else int(batched)
-        rows = x.detach().movedim(channel, -1).reshape(-1, x.shape[channel]).to(self.mean.dtype)
-        variance, mean = torch.var_mean(rows, 0, correction=0)
+        x = x if batched else x.unsqueeze(0)
+        samples, channel_dim = x.shape[0] if batched else 1, -1 if dense else 1
+        layout = _CHANNELS.bind(tuple(x.shape), channel_dim=channel_dim)
+        found_mean, found_variance, rows = moments(x, layout, Standardize())
+        assert found_mean is not None
+        assert found_variance is not None
+        mean, variance = (t.reshape(-1).to(self.mean.dtype) for t in (found_mean, found_variance))
         valid = mean.isfinite().all() & variance.isfinite().all()
-        found = (mean.new_full((), len(rows)), mean, variance, mean.new_full((), samples))
+        found = (mean.new_full((), rows), mean, variance, mean.new_full((), samples))
         n, mean, variance, count = (torch.where(valid, t, torch.zeros_like(t)) for t in found)
         return n, mean, variance, count
 
