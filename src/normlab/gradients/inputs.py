@@ -65,12 +65,12 @@ class InputStatistics:
         x = x if batched else x.unsqueeze(0)
         samples, channel_dim = x.shape[0] if batched else 1, -1 if dense else 1
         layout = _CHANNELS.bind(tuple(x.shape), channel_dim=channel_dim)
-        found_mean, found_variance, rows = moments(x, layout, Standardize())
+        found_mean, found_variance, _ = moments(x, layout, Standardize())
         assert found_mean is not None
         assert found_variance is not None
         mean, variance = (t.reshape(-1).to(self.mean.dtype) for t in (found_mean, found_variance))
         valid = mean.isfinite().all() & variance.isfinite().all()
-        found = (mean.new_full((), rows), mean, variance, mean.new_full((), samples))
+        found = (mean.new_full((), layout.members), mean, variance, mean.new_full((), samples))
         n, mean, variance, count = (torch.where(valid, t, torch.zeros_like(t)) for t in found)
         return n, mean, variance, count
 

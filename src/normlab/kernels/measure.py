@@ -22,8 +22,8 @@ def moments(x: Tensor, layout: Layout, operation: Operation) -> Moments:
         The moments, in the shape of the split view with reduced axes kept.
     """
     dims = layout.member_dims
-    kernels = dispatch.compiled()
-    if kernels and kernels.supports(x, layout, operation, None):
+    kernels = dispatch.kernels_for(x, layout, operation, None)
+    if kernels is not None:
         found: Moments = kernels.moments(x, layout, Spec(dims, operation, None))
         return found
     return reference.moments(layout.split(x), dims, operation)
