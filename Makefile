@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # One thread a process: small networks train several times faster so.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench bench-short clean
 
 demo: $(VENV)/.lab
 	$(BIN)/normlab compare --out demo --title "Normalizers compared on Fashion-MNIST" \
@@ -26,8 +26,9 @@ lint: $(VENV)/.lint
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
 
-bench: $(VENV)/.lab
-	$(BIN)/python benchmarks/layers.py
+# The whole takes an hour or two, and goes on where it was interrupted; the short form two minutes.
+bench bench-short: $(VENV)/.lab
+	$(BIN)/python benchmarks/everything.py $(if $(SHORT)$(filter bench-short,$@),--short)
 
 clean:
 	rm -rf $(VENV) demo docs/_build build src/normlab/kernels/cpu/*.so

@@ -1,17 +1,15 @@
-"""What is measured: shapes, and for each method the layers to be timed on them."""
+"""The cells of a run: each case at each shape, dtype and order of memory, in several variants."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import normlab as nl
-from normlab.activations._areas import default_groups
-from normlab.core.card import Card
+from _cases import COMPILED, LAST, Build, Case, cases
 
 DIMS = {
     "A": (64, 64, 32, 32),
@@ -19,9 +17,7 @@ DIMS = {
     "C": (32, 64, 112, 112),
     "D": (8, 1024, 768),
 }
-SHORT = {"A": (4, 16, 6, 6), "B": (4, 32, 3, 3), "C": (2, 16, 9, 9), "D": (2, 5, 16)}
-ON_D = ("layer", "rms", "dyt")  # the methods of transformers
-Build = Callable[[], nn.Module]
+TINY = {"A": (4, 16, 6, 6), "B": (4, 32, 3, 3), "C": (2, 16, 9, 9), "D": (2, 5, 16)}
 
 
 @dataclass(frozen=True)
@@ -41,12 +37,17 @@ class Place:
     layout: str
 
     @property
-    def channel_dim(self) -> int:
-        return -1 if self.layout == "nlc" else 1
+    def last(self) -> bool:
+        """Whether channels are the last axis."""
+        return self.layout == "nlc"
 
     @property
     def channels(self) -> int:
-        return self.dims[self.channel_dim]
+        return self.dims[-1 if self.last else 1]
+
+    @property
+    def positions(self) -> int:
+        return self.dims[1] if self.last else torch.Size(self.dims[2:]).numel()
 
     def tensor(self) -> Tensor:
         """Random values; a mean beside 0, as activations have."""
@@ -57,49 +58,36 @@ class Place:
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at a place, with its variants: normlab first, then those it is held against."""
+    """A case at a place, with its variants: normlab first, then those it is held against."""
 
-    method: str
+    case: Case
     place: Place
     variants: dict[str, Build]
 
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What tells it from the other cells of a run."""
+        return self.case.name, self.place.shape, self.place.dtype, self.place.layout
+
     def __str__(self) -> str:
-        return f"{self.method} {self.place.shape} {self.place.dtype} {self.place.layout}"
+        return " ".join(self.key)
 
 
-class Permuted(nn.Module):
-    """A layer for (…, C), on (N, C, H, W): how torch normalizes over channels at each position."""
+class Compiled(nn.Module):
+    """`torch.compile` of a layer: of the plain formula where it is normlab's, not of its kernels.
 
-    def __init__(self, inner: nn.Module) -> None:
+    The compiler fuses operations of torch, and has nothing to do where a kernel of normlab stands.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.inner = inner
+        self.layer = nn.Sequential(layer)  # the compiler leaves a bare layer of torch alone
+        self.layer.compile(dynamic=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.inner(x.permute(0, 2, 3, 1))
-        return y.permute(0, 3, 1, 2)
-
-
-def native(card: Card, place: Place) -> Build | None:
-    """Return torch's own layer for the same job, or None where torch has none."""
-    c, last = place.channels, place.channel_dim == -1
-    own: dict[str, Build] = {
-        "none": nn.Identity,
-        "layer": (lambda: nn.LayerNorm(c)) if last else (lambda: nn.GroupNorm(1, c)),
-        # Over the sample, torch's weight has one element for each of the sample's.
-        "rms": lambda: nn.RMSNorm(c if last else place.dims[1:]),
-        "group": lambda: nn.GroupNorm(default_groups(c), c),
-        "position": lambda: Permuted(nn.LayerNorm(c)),
-        "ic": lambda: nn.Sequential(nn.BatchNorm2d(c), nn.Dropout(card.options["dropout"])),
-    }
-    if card.name in own:
-        return own[card.name]
-    twin = card.twin
-    return None if twin is None or last else lambda: twin(c, len(place.dims) - 2)
-
-
-def ours(card: Card, place: Place) -> Build:
-    """Return the builder of normlab's layer with its default options."""
-    return lambda: card.make(place.channels, channel_dim=place.channel_dim)
+        with nl.kernels.backend("reference"):
+            y: Tensor = self.layer(x)
+        return y
 
 
 def compiled(build: Build) -> Build:
@@ -107,16 +95,14 @@ def compiled(build: Build) -> Build:
 
     def made() -> nn.Module:
         torch.compiler.reset()  # else the recompilation limit of `forward` ends the list early
-        layer = build()
-        layer.compile(dynamic=False)
-        return layer
+        return Compiled(build())
 
     return made
 
 
 def places(options: argparse.Namespace) -> list[Place]:
     """All places that the options ask for."""
-    dims = SHORT if options.short else DIMS
+    dims = TINY if options.tiny else DIMS
     return [
         Place(shape, dims[shape], dtype, layout)
         for shape in options.shapes
@@ -125,19 +111,28 @@ def places(options: argparse.Namespace) -> list[Place]:
     ]
 
 
+def compiles(options: argparse.Namespace, name: str, place: Place) -> bool:
+    """Whether the options ask for compiled variants."""
+    if options.compile is None or place.shape not in (options.compile_shapes or options.shapes):
+        return False
+    return name in (options.compile or COMPILED)
+
+
 def cells(options: argparse.Namespace, place: Place) -> list[Cell]:
     """The cells of one place, in the catalogue's order."""
     found = []
-    for name, card in nl.catalogue("activation").items():
+    for name, case in cases().items():
         if options.methods is not None and name not in options.methods:
             continue
-        if place.shape == "D" and name not in ON_D:
+        if place.last and name not in LAST:
             continue
-        variants = {"normlab": ours(card, place)}
-        torch_own = None if options.no_native else native(card, place)
-        if torch_own is not None:
-            variants["native"] = torch_own
-        if name in (options.compile or ()) and place.shape in options.compile_shapes:
-            variants["compile"] = compiled(ours(card, place))
-        found.append(Cell(name, place, variants))
+        variants = {"normlab": case.ours(place.channels, place.last)}
+        native = None if options.no_native else case.native(place.dims[1:], place.last)
+        if native is not None:
+            variants["native"] = native
+        if compiles(options, name, place):
+            variants["compiled"] = compiled(variants["normlab"])
+            if native is not None:
+                variants["compiled native"] = compiled(native)
+        found.append(Cell(case, place, variants))
     return found

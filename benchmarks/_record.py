@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -15,11 +16,12 @@ from typing import Any
 
 import torch
 
+import normlab as nl
 from _table import markdown
 from _timing import cpu_time
 from normlab.bench.environment import environment
 
-SCHEMA = 1
+SCHEMA = 2
 ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
 
 
@@ -45,10 +47,20 @@ def load() -> list[float] | None:
     return [round(v, 2) for v in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
+def sources() -> str:
+    """Digest of the code that is measured and that measures, built libraries included."""
+    digest = hashlib.sha256()
+    for folder in (Path(nl.__file__).parent, Path(__file__).parent):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h", ".so"):
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def command() -> str:
     """The command without directories, so that it reads the same on every machine."""
     words = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    return re.sub(r" --out[ =]\S+", "", words)
+    return re.sub(r" --(out[ =]\S+|resume|show)", "", words)
 
 
 def header(kind: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -58,9 +70,10 @@ def header(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         "kind": kind,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(),
-        "short": options.short,
+        "tiny": options.tiny,
         "rounds": options.rounds,
         "environment": environment() | {"revision": revision()},
+        "sources": sources(),
         "threads": torch.get_num_threads(),
         "clock": "processor time" if cpu_time() else "wall time",
         "libc": " ".join(platform.libc_ver()),
@@ -69,8 +82,17 @@ def header(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def stem(kind: str, head: dict[str, Any], out: Path) -> Path:
+    """A path without suffix for a new record."""
+    threads = "" if head["threads"] == 1 else f"-{head['threads']}-threads"
+    return free(out, f"{kind}-{head['date'][:10]}-{slug(head['environment']['cpu'])}{threads}")
+
+
 class Record:
     """Rows with what they were measured on.
+
+    With `options.resume`, the newest record of the same command, sources and surroundings in
+    `options.out` is continued.
 
     Attributes:
         complete: Whether every cell that was asked for is in it.
@@ -82,30 +104,63 @@ class Record:
         self.cells: set[tuple[str, ...]] = set()
         self._rows: list[dict[str, Any]] = []
         self._head = header("layers", options)
-        name = f"layers-{self._head['date'][:10]}-{slug(self._head['environment']['cpu'])}"
-        self._stem = free(options.out, name)
+        if not (options.resume and self._continue(options.out)):
+            self._stem = stem("layers", self._head, options.out)
+
+    def _continue(self, folder: Path) -> bool:
+        """Take over the newest record that began as this one does; return whether there is one."""
+        for path in sorted(folder.glob("layers-*.json"), key=lambda p: -p.stat().st_mtime):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if identity(content) == identity(self._head):
+                self._stem, self.complete = path.with_suffix(""), content["complete"]
+                self._head |= {key: content[key] for key in ("date", "load_at_start")}
+                self._take(content["rows"])
+                return True
+        return False
+
+    def _take(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self.cells.add((row["method"], row["shape"], row["dtype"], row["layout"]))
+            self._rows.append(row)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Add the rows of a cell, with the load at this time."""
         now = load()
-        for row in rows:
-            self.cells.add((row["method"], row["shape"], row["dtype"], row["layout"]))
-            self._rows.append({**row, "load": now[0] if now else None})
+        self._take([{**row, "load": now[0] if now else None} for row in rows])
+
+    @property
+    def errors(self) -> int:
+        """How many rows hold an error."""
+        return sum(row["error"] is not None for row in self._rows)
 
     def content(self) -> dict[str, Any]:
         """The record as it stands."""
         end = {"load_at_end": load(), "complete": self.complete, "rows": self._rows}
         return self._head | end
 
+    def text(self) -> str:
+        """The readable form."""
+        return markdown(self.content())
+
     def write(self) -> list[Path]:
         """Write both files; return their paths."""
-        content = self.content()
-        texts = {".json": json.dumps(content, indent=1) + "\n", ".md": markdown(content)}
+        texts = {".json": json.dumps(self.content(), indent=1) + "\n", ".md": self.text()}
         paths = []
         for suffix, text in texts.items():
             paths.append(self._stem.with_name(self._stem.name + suffix))
             replace(paths[-1], text)
         return paths
+
+
+def identity(head: dict[str, Any]) -> dict[str, Any]:
+    """What has to agree for two runs to be one: all of the head but times and the revision.
+
+    The digest of the sources says more than the revision, which changes with any text.
+    """
+    timed = ("date", "load_at_start", "load_at_end", "complete", "rows", "environment")
+    fixed = {key: value for key, value in head.items() if key not in timed}
+    around = {k: v for k, v in head["environment"].items() if k != "revision"}
+    return json.loads(json.dumps(fixed | around))
 
 
 def replace(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,17 +11,18 @@ from typing import Any
 
 import torch
 
-import normlab as nl
+from _cases import LAST, cases
 from _cells import Cell, cells, places
 from _record import Record
 from _timing import ROTATION, Inputs, measure
 
 Measured = tuple[Cell, list[dict[str, Any]]]
+SAVE_EVERY = 15.0  # seconds
 
 
 def unknown_methods(names: list[str]) -> list[str]:
-    """Names that the catalogue does not have."""
-    known = nl.catalogue("activation")
+    """Names that are no row's."""
+    known = cases()
     return [name for name in names if name not in known]
 
 
@@ -28,20 +30,28 @@ def run(options: argparse.Namespace) -> int:
     """Measure what the options ask for; return the exit status."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    record = Record(options)
-    total = sum(len(cells(options, place)) for place in places(options))
-    if total == 0:
-        print("nothing to measure: D takes layer, rms and dyt alone", file=sys.stderr)
+    asked = [cell for place in places(options) for cell in cells(options, place)]
+    if not asked:
+        print(f"nothing to measure: D takes {', '.join(LAST)} alone", file=sys.stderr)
         return 2
-    return follow(measured(options), total, record, progress(total))
+    record = Record(options)
+    left = [cell for cell in asked if cell.key not in record.cells]
+    if len(left) < len(asked):
+        print(f"{len(asked) - len(left)} of {len(asked)} cells are in the record", file=sys.stderr)
+    results = measured(left, options.rounds, 0 if options.tiny else ROTATION)
+    status = follow(results, len(left), record, progress(len(left)))
+    if options.show:
+        print(record.text())
+    return status
 
 
-def measured(options: argparse.Namespace) -> Iterator[Measured]:
+def measured(left: Iterable[Cell], rounds: int, rotation: float) -> Iterator[Measured]:
     """Measure place by place, so that only one place's tensors are alive."""
-    for place in places(options):
-        inputs = Inputs(place, 0 if options.short else ROTATION)
-        for cell in cells(options, place):
-            yield cell, measure(cell, inputs, options.rounds)
+    for place, group in itertools.groupby(left, key=lambda cell: cell.place):
+        inputs = Inputs(place, rotation)
+        for cell in group:
+            yield cell, measure(cell, inputs, rounds)
+        del inputs  # before the next place's are made
 
 
 def follow(
@@ -58,21 +68,22 @@ def follow(
     Returns:
         The exit status: 0, 1 where a variant failed, 130 after Ctrl-C.
     """
-    status = 0
+    done, saved, interrupted = 0, time.monotonic(), False
     try:
-        for done, (cell, rows) in enumerate(results, start=1):
+        for cell, rows in results:
             record.add(rows)
+            done += 1
             show(done, cell, rows)
-            status |= any(row["error"] is not None for row in rows)
-            if done % 20 == 0:
+            if time.monotonic() - saved > SAVE_EVERY:
                 record.write()
-        record.complete = len(record.cells) == total
+                saved = time.monotonic()
+        record.complete = done == total
     except KeyboardInterrupt:
-        print("\ninterrupted; what was measured is kept", file=sys.stderr)
-        status = 130
+        print("\ninterrupted; what was measured is kept, --resume continues", file=sys.stderr)
+        interrupted = True
     for path in record.write():
         print(path)
-    return status
+    return 130 if interrupted else int(record.errors > 0)
 
 
 def progress(total: int) -> Callable[..., None]:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normlab as nl
-from _record import free, header, load, replace, slug
+from _record import header, load, replace, stem
 from _timing import now, spread
 
 Method = Callable[[nn.Module, torch.optim.Optimizer], object]
 """Puts a method into a network and its optimizer. Adds no parameters that are not in it yet."""
 
-NETWORK, SHORT = "resnet20", "resnet:depth=8,width=4"
+NETWORK, TINY = "resnet20", "resnet:depth=8,width=4"
 BINARY = "bireal:width=16,stages=3,blocks=2"
 FREE = BINARY + ",norm_free=true"
 
@@ -111,7 +111,7 @@ class Step:
 
     def __init__(self, case: Case, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        spec = case.network or (SHORT if options.short else NETWORK)
+        spec = case.network or (TINY if options.tiny else NETWORK)
         model = nl.networks.build(
             spec, partial(nl.norm, case.norm), classes=10, image_shape=(3, 32, 32)
         )
@@ -203,7 +203,7 @@ def markdown(record: dict[str, Any]) -> str:
     """Return the record as text."""
     env = record["environment"]
     lines = [f"# Training steps, {record['date'][:10]}, {env['cpu']}", ""]
-    lines += ["**A tiny network: these times say nothing.**", ""] if record["short"] else []
+    lines += ["**A tiny network: these times say nothing.**", ""] if record["tiny"] else []
     kind = f"{record['network']}, batch {record['batch']}, {record['dtype']}, {record['layout']}"
     lines += [
         f"- command: `{record['command']}`", f"- network: {kind}",
@@ -227,7 +227,7 @@ def run(cases: Sequence[Case], options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     head = header("steps", options) | {
-        "network": SHORT if options.short else NETWORK,
+        "network": TINY if options.tiny else NETWORK,
         "binary_network": BINARY,
         "batch": options.batch,
         "dtype": options.dtype,
@@ -237,7 +237,7 @@ def run(cases: Sequence[Case], options: argparse.Namespace) -> int:
     record = head | {"load_at_end": load(), "rows": rows}
     text = markdown(record)
     print(text)
-    stem = free(options.out, f"steps-{head['date'][:10]}-{slug(head['environment']['cpu'])}")
-    replace(stem.with_name(stem.name + ".json"), json.dumps(record, indent=1) + "\n")
-    replace(stem.with_name(stem.name + ".md"), text)
+    path = stem("steps", head, options.out)
+    replace(path.with_name(path.name + ".json"), json.dumps(record, indent=1) + "\n")
+    replace(path.with_name(path.name + ".md"), text)
     return int(any(r["error"] is not None for r in rows))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 Rows = list[dict[str, Any]]
 Key = tuple[str, ...]
+OURS = "normlab"
+OTHERS = {"native": "n", "compiled": "c", "compiled native": "nc"}  # with letters for small tables
 NOISE = 1.1  # repeated runs differ by about this factor; less is no difference
 SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "channels_last": "ch.last"}
+SAVED = 1.05  # what a layer may save for its gradient, in multiples of the input
 LEGEND = """\
 Numbers are *forward / forward and backward*, in multiples of the time that a `copy_` of the input
 took in the same rounds: 1 copy for the forward pass (read x, write y), 2.5 for both (and read x
-and dy, write dx). 1.0 is the limit of the memory; less is better. *saved* is what waits for the
-backward pass, in multiples of the input, the input included. Training mode, parameters in the
-dtype of the input, least time of all rounds. *normlab* is the method with its default options,
-*native* torch's own layer for the same job, *compile* `torch.compile` of normlab's layer."""
+and dy, write dx). 1.0 is the limit of the memory; less is better. *target* is for both, and what is
+over it is **bold**. *saved* is what waits for the backward pass, in multiples of the input, the
+input included. Training mode, parameters in the dtype of the input, least time of all rounds.
+*normlab* is the method with its default options, or those after `+` and `/`; *native* torch's own
+layers for the same job; *compiled* `torch.compile` of the formula in torch operations, and of
+torch's own layers."""
+MEASURES = {"forward": "forward_ms", "forward and backward": "both_ms"}
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -25,18 +30,16 @@ def markdown(record: dict[str, Any]) -> str:
     shapes = list(dict.fromkeys(r["shape"] for r in rows))
     parts = [head(record), LEGEND]
     parts += [table(s, [r for r in rows if r["shape"] == s]) for s in shapes]
-    for other, name in (("native", "torch's own layer"), ("compile", "torch.compile of it")):
-        if any(r["variant"] == other for r in good):
-            parts.append(against(other, name, good))
+    parts += [over_target(good), against(good)]
     parts += [failures(rows)] if len(good) < len(rows) else []
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def head(record: dict[str, Any]) -> str:
     """What it was measured on."""
     env = record["environment"]
     lines = [f"# Layers, {record['date'][:10]}, {env['cpu']}", ""]
-    if record["short"]:
+    if record["tiny"]:
         lines += ["**Tiny tensors: these times say nothing.**", ""]
     if not record["complete"]:
         lines += ["**Incomplete: the run was interrupted.**", ""]
@@ -59,8 +62,8 @@ def table(shape: str, rows: Rows) -> str:
     dims = "×".join(map(str, rows[0]["dims"]))
     names = [words(c) for c in columns]
     lines = [f"## Shape {shape}: {dims}", ""]
-    lines.append("| method | variant | " + " | ".join(names) + " | saved |")
-    lines.append("|---" * (len(columns) + 3) + "|")
+    lines.append("| method | target | variant | " + " | ".join(names) + " | saved |")
+    lines.append("|---" * (len(columns) + 4) + "|")
     for method, variant in dict.fromkeys((r["method"], r["variant"]) for r in rows):
         found: dict[Key, dict[str, Any]] = {
             (r["dtype"], r["layout"]): r
@@ -68,9 +71,17 @@ def table(shape: str, rows: Rows) -> str:
             if (r["method"], r["variant"]) == (method, variant)
         }
         cells = [times(found.get(c)) for c in columns]
-        line = [method if variant == "normlab" else "", variant, *cells, saved(found)]
+        target = next(iter(found.values()))["target"]
+        first = [method, "" if target is None else f"≤ {target}"]
+        line = [*(first if variant == OURS else ["", ""]), variant, *cells, saved(found)]
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join([*lines, "", floor(rows)])
+
+
+def exceeds(row: dict[str, Any]) -> bool:
+    """Whether a row of normlab's is over its target, as far as two digits tell."""
+    target = row["target"] if row["variant"] == OURS else None
+    return target is not None and row["error"] is None and round(row["both_ratio"], 1) > target
 
 
 def words(key: Key) -> str:
@@ -84,7 +95,8 @@ def times(row: dict[str, Any] | None) -> str:
         return "–"
     if row["error"] is not None:
         return "failed"
-    return f"{number(row['forward_ratio'])} / {number(row['both_ratio'])}"
+    mark = "**" if exceeds(row) else ""
+    return f"{number(row['forward_ratio'])} / {mark}{number(row['both_ratio'])}{mark}"
 
 
 def number(value: float) -> str:
@@ -112,36 +124,74 @@ def floor(rows: Rows) -> str:
     return f"Copy, least of all cells: {', '.join(seen)}."
 
 
-def against(other: str, name: str, rows: Rows) -> str:
-    """Where normlab is slower than another variant, and how often it is not."""
+def over_target(rows: Rows) -> str:
+    """How many cells keep to their target, and those that do not."""
+    held = [r for r in rows if r["variant"] == OURS and r["target"] is not None]
+    if not held:
+        return ""
+    over = {key(r): number(r["both_ratio"]) for r in held if exceeds(r)}
+    heavy = {key(r): f"{r['saved_ratio']:.2f}" for r in held if round(r["saved_ratio"], 2) > SAVED}
+    parts = [
+        f"## Over the target\n\nOf {len(held)} cells with a target {len(held) - len(over)} keep "
+        f"to it, {len(over)} do not{':' if over else '.'}",
+        grid(over),
+        f"Saved is more than {SAVED} in {len(heavy)} of them{':' if heavy else '.'}",
+        grid(heavy),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def key(row: dict[str, Any]) -> Key:
+    """Name of a row's cell."""
+    return row["method"], row["shape"], row["dtype"], row["layout"]
+
+
+def grid(values: dict[Key, str]) -> str:
+    """Values by method and place; only methods and places that have one."""
+    if not values:
+        return ""
+    places = sorted(dict.fromkeys(k[1:] for k in values), key=lambda place: place[0])
+    lines = ["| method | " + " | ".join(map(words, places)) + " |"]
+    lines.append("|---" * (len(places) + 1) + "|")
+    for method in dict.fromkeys(k[0] for k in values):
+        found = [values.get((method, *place), "") for place in places]
+        lines.append(f"| {method} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
+def against(rows: Rows) -> str:
+    """Where the best of the other variants is faster than normlab, and how often it is not."""
     by_cell: dict[Key, dict[str, dict[str, Any]]] = {}
     for r in rows:
-        key = (r["method"], r["shape"], r["dtype"], r["layout"])
-        by_cell.setdefault(key, {})[r["variant"]] = r
-    pairs = {k: v for k, v in by_cell.items() if {"normlab", other} <= set(v)}
-    pairs = {k: v for k, v in pairs.items() if k[0] != "none"}  # two identities
-    lines = [f"## Against {name}", ""]
-    measures: dict[str, Callable[[dict[str, Any]], float]] = {
-        "forward": lambda r: float(r["forward_ms"]["min"]),
-        "forward and backward": lambda r: float(r["both_ms"]["min"]),
-    }
-    for what, ms in measures.items():
-        slower = {k: ms(v["normlab"]) / ms(v[other]) for k, v in pairs.items()}
-        lines += [verdict(what, slower), ""]
-    return "\n".join(lines).rstrip()
+        if r["method"] != "none":  # two identities
+            by_cell.setdefault(key(r), {})[r["variant"]] = r
+    held = {k: v for k, v in by_cell.items() if OURS in v and len(v) > 1}
+    if not held:
+        return ""
+    others = [name for name in OTHERS if any(name in v for v in held.values())]
+    parts = [f"## Against {'the fastest of ' * (len(others) > 1)}{', '.join(others)}"]
+    for what, field in MEASURES.items():
+        factors = {}
+        for k, variants in held.items():
+            ms = {name: float(r[field]["min"]) for name, r in variants.items()}
+            best = min((name for name in ms if name != OURS), key=ms.__getitem__)
+            factors[k] = (ms[OURS] / ms[best], best)
+        parts.append(verdict(what, factors))
+    return "\n\n".join(parts)
 
 
-def verdict(what: str, factors: dict[Key, float]) -> str:
-    """Count faster, equal and slower cells, and name the slower ones, the worst first."""
-    slower = {k: f for k, f in factors.items() if f > NOISE}
-    faster = sum(f < 1 / NOISE for f in factors.values())
-    lines = [
+def verdict(what: str, factors: dict[Key, tuple[float, str]]) -> str:
+    """Count faster, equal and slower cells; show by how much they are slower, and than what."""
+    slower = {k: f"{f:.1f} {OTHERS[best]}" for k, (f, best) in factors.items() if f > NOISE}
+    faster = sum(f < 1 / NOISE for f, _ in factors.values())
+    text = (
         f"{what.capitalize()}: of {len(factors)} cells normlab is faster in {faster}, equal within "
-        f"{NOISE - 1:.0%} in {len(factors) - faster - len(slower)}, slower in {len(slower)}:"
-    ]
-    for key, factor in sorted(slower.items(), key=lambda item: -item[1]):
-        lines.append(f"- {words(key)}: {factor:.1f}× the time")
-    return "\n".join(lines) if slower else lines[0].rstrip(":") + "."
+        f"{NOISE - 1:.0%} in {len(factors) - faster - len(slower)}, slower in {len(slower)}"
+    )
+    if not slower:
+        return text + "."
+    letters = ", ".join(f"{letter} {name}" for name, letter in OTHERS.items())
+    return f"{text}, by these factors ({letters}):\n\n{grid(slower)}"
 
 
 def failures(rows: Rows) -> str:

@@ -19,7 +19,8 @@ except ImportError:  # Windows
 import torch
 from torch import Tensor, nn
 
-from _cells import Build, Cell, Place
+from _cases import Build
+from _cells import Cell, Place
 
 ROTATION = 160e6  # bytes; several times the largest common last-level cache
 BOTH = 2.5  # copies in forward and backward: read x, write y; read x and dy, write dx
@@ -178,8 +179,10 @@ def row(cell: Cell, variant: Variant, copies: list[float], rounds: int) -> dict[
     """Sum up a variant; fields without a measurement are None."""
     place = cell.place
     found: dict[str, Any] = {
-        "method": cell.method, "shape": place.shape, "dims": list(place.dims),
-        "dtype": place.dtype, "layout": place.layout, "variant": variant.name, "rounds": rounds,
+        "method": cell.case.name, "options": dict(cell.case.options),
+        "shape": place.shape, "dims": list(place.dims), "dtype": place.dtype,
+        "layout": place.layout, "variant": variant.name, "rounds": rounds,
+        "target": cell.case.target(place.positions, place.last),
         "forward_ms": None, "both_ms": None, "copy_ms": None,
         "forward_ratio": None, "both_ratio": None,
         "page_faults": None, "saved_ratio": variant.saved,

@@ -1,8 +1,8 @@
 """Times every activation layer against a copy of its input, torch's own layers and the compiler.
 
     python benchmarks/layers.py                      # all methods, shapes A, B and D
-    python benchmarks/layers.py --compile            # and torch.compile of a few
-    python benchmarks/layers.py --short --out /tmp   # seconds: does it run at all?
+    python benchmarks/layers.py --compile            # and torch.compile of those with a target
+    python benchmarks/layers.py --tiny --out /tmp    # seconds: does it run at all?
 
 What is measured, and how, stands in benchmarks/README.md.
 """
@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SHAPES, DTYPES, LAYOUTS = "ABCD", ("float32", "bfloat16"), ("nchw", "channels_last")
-COMPILED = ("batch", "group", "filter_response", "rms", "batch_renorm")
 RECORDS = Path(__file__).resolve().parent.parent / "records"
 
 
@@ -47,21 +46,21 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--methods", nargs="+", metavar="NAME", help="names of the catalogue; all")
+    p.add_argument("--methods", nargs="+", metavar="NAME", help="rows: names of the catalogue; all")
     p.add_argument("--shapes", nargs="+", choices=SHAPES, default=list("ABD"), help="A B D")
     p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="both")
     p.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="both")
     p.add_argument(
-        "--compile", nargs="*", metavar="NAME", help=f"also torch.compile: {' '.join(COMPILED)}"
+        "--compile", nargs="*", metavar="NAME", help="also torch.compile; those with a target"
     )
-    p.add_argument(
-        "--compile-shapes", nargs="+", choices=SHAPES, default=["A"], help="where to compile; A"
-    )
+    p.add_argument("--compile-shapes", nargs="+", choices=SHAPES, help="where to compile; all")
     p.add_argument("--no-native", action="store_true", help="leave torch's own layers out")
-    p.add_argument("--rounds", type=positive, help="rounds of each cell; 15, or 2 with --short")
+    p.add_argument("--rounds", type=positive, help="rounds of each cell; 15, or 2 with --tiny")
     p.add_argument("--threads", type=positive, default=1, help="1")
-    p.add_argument("--short", action="store_true", help="tiny tensors, to see that it runs")
+    p.add_argument("--tiny", action="store_true", help="tiny tensors, to see that it runs")
     p.add_argument("--out", type=Path, default=RECORDS, metavar="DIR", help="records/")
+    p.add_argument("--resume", action="store_true", help="continue the record of such a run")
+    p.add_argument("--show", action="store_true", help="print the table at the end")
     return p
 
 
@@ -76,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     command = parser()
     options = command.parse_args(argv)
-    options.rounds = options.rounds or (2 if options.short else 15)
-    if options.compile == []:
-        options.compile = list(COMPILED)
+    options.rounds = options.rounds or (2 if options.tiny else 15)
     settle(options.threads)
     # Only now: loading torch reads the settings.
     from _run import run, unknown_methods

@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py                       # every case of _steps.py
     python benchmarks/steps.py --only adaptive_clip  # one, and what it is held against
-    python benchmarks/steps.py --short --out /tmp    # seconds: does it run at all?
+    python benchmarks/steps.py --tiny --out /tmp    # seconds: does it run at all?
 
 A step is a forward pass, the loss, a backward pass and the optimizer. What is reported is its time
 as a multiple of that of the same network without the method, in the same rounds.
@@ -25,10 +25,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", nargs="+", metavar="NAME", help="names of cases; all")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="float32")
     p.add_argument("--layout", choices=LAYOUTS, default="nchw", help="nchw")
-    p.add_argument("--batch", type=positive, help="images in a batch; 128, or 4 with --short")
-    p.add_argument("--rounds", type=positive, help="steps of each case; 12, or 2 with --short")
+    p.add_argument("--batch", type=positive, help="images in a batch; 128, or 4 with --tiny")
+    p.add_argument("--rounds", type=positive, help="steps of each case; 12, or 2 with --tiny")
     p.add_argument("--threads", type=positive, default=1, help="1")
-    p.add_argument("--short", action="store_true", help="a tiny network, to see that it runs")
+    p.add_argument("--tiny", action="store_true", help="a tiny network, to see that it runs")
     p.add_argument("--out", type=Path, default=RECORDS, metavar="DIR", help="records/")
     return p
 
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     command = parser()
     options = command.parse_args(argv)
-    options.rounds = options.rounds or (2 if options.short else 12)
-    options.batch = options.batch or (4 if options.short else 128)
+    options.rounds = options.rounds or (2 if options.tiny else 12)
+    options.batch = options.batch or (4 if options.tiny else 128)
     settle(options.threads)
     # Only now: loading torch reads the settings.
     from _steps import chosen, run

@@ -1,12 +1,14 @@
 """The benchmark runs and writes a sound record; times themselves are never tested."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
 import normlab as nl
@@ -14,8 +16,8 @@ import normlab as nl
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-def command(*words):
-    line = [sys.executable, str(BENCHMARKS / "layers.py"), *map(str, words)]
+def command(*words, script="layers.py"):
+    line = [sys.executable, str(BENCHMARKS / script), *map(str, words)]
     return subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -23,7 +25,7 @@ def command(*words):
 def written(tmp_path_factory):
     """The files of one run, every method, in its shortest form."""
     out = tmp_path_factory.mktemp("records")
-    done = command("--short", "--rounds", 1, "--shapes", "A", "D", "--out", out)
+    done = command("--tiny", "--rounds", 1, "--shapes", "A", "D", "--out", out)
     assert done.returncode == 0, done.stderr
     (data,) = out.glob("*.json")
     assert sorted(out.iterdir()) == [data, data.with_suffix(".md")]  # nothing half-written
@@ -34,26 +36,42 @@ def written(tmp_path_factory):
 def modules(monkeypatch):
     """The benchmark's own modules, imported as the script does."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _cases
     import _cells
     import _record
     import _run
     import _table
     import _timing
+    import everything
 
-    return SimpleNamespace(cells=_cells, record=_record, run=_run, table=_table, timing=_timing)
+    return SimpleNamespace(
+        cases=_cases, cells=_cells, record=_record, run=_run, table=_table, timing=_timing,
+        everything=everything,
+    )  # fmt: skip
+
+
+def cell_of(modules, name="batch", shape="A", **variants):
+    """A small cell with given layers."""
+    dims = (2, 5, 4) if shape == "D" else (2, 4, 3, 3)
+    place = modules.cells.Place(shape, dims, "float32", "nlc" if shape == "D" else "nchw")
+    return modules.cells.Cell(modules.cases.cases()[name], place, variants)
+
+
+def rows_of(modules, cell):
+    return modules.timing.measure(cell, modules.timing.Inputs(cell.place, 0), rounds=1)
 
 
 def test_head_tells_what_it_ran_on(written):
     record, _ = written
-    assert record["schema"] == 1
+    assert record["schema"] == 2
     assert record["kind"] == "layers"
     assert record["complete"] is True
-    assert record["short"] is True
+    assert record["tiny"] is True
     assert record["threads"] == 1
     assert record["clock"] in ("processor time", "wall time")
     assert {"cpu", "cores", "torch", "revision"} <= set(record["environment"])
     assert record["date"].endswith("+00:00")
-    assert record["command"] == "python benchmarks/layers.py --short --rounds 1 --shapes A D"
+    assert record["command"] == "python benchmarks/layers.py --tiny --rounds 1 --shapes A D"
     if sys.platform != "win32":
         assert record["allocator"]["MALLOC_MMAP_MAX_"] == "0"
         assert len(record["load_at_start"]) == len(record["load_at_end"]) == 3
@@ -64,7 +82,7 @@ def test_every_method_is_measured_at_every_place(written):
     ours = [r for r in record["rows"] if r["variant"] == "normlab"]
     places = {(r["dtype"], r["layout"]) for r in ours if r["shape"] == "A"}
     assert len(places) == 4
-    for name in nl.catalogue("activation"):
+    for name in [*nl.catalogue("activation"), "batch+relu", "rms/position"]:
         found = [
             (r["dtype"], r["layout"]) for r in ours if (r["method"], r["shape"]) == (name, "A")
         ]
@@ -74,8 +92,11 @@ def test_every_method_is_measured_at_every_place(written):
     dtypes = ("float32", "bfloat16")
     assert on_d == {(m, d, "nlc") for m in ("layer", "rms", "dyt") for d in dtypes}
     assert {r["method"] for r in record["rows"] if r["variant"] == "native"} >= {
-        "batch", "group", "instance", "layer", "rms",
+        "batch", "group", "instance", "layer", "rms", "position", "rms/position", "batch+relu",
     }  # fmt: skip
+    options = {r["method"]: r["options"] for r in ours}
+    assert options["batch"] == {}
+    assert options["batch+relu"] == {"activation": "relu"}
 
 
 def test_rows_hold_times_and_the_ratios_that_follow_from_them(written):
@@ -95,14 +116,15 @@ def test_rows_hold_times_and_the_ratios_that_follow_from_them(written):
 def test_the_table_shows_every_method_and_says_that_times_mean_nothing(written):
     _, text = written
     for name in nl.catalogue("activation"):
-        assert f"\n| {name} | normlab | " in text
+        assert re.search(rf"\n\\| {name} \\| (≤ \\d\\.\\d)? \\| normlab \\| ", text)
     assert "Tiny tensors: these times say nothing" in text
-    assert "## Against torch's own layer" in text
+    assert "## Over the target" in text
+    assert "## Against native\n" in text
     assert "slower in" in text
 
 
 def test_unknown_method_is_refused():
-    done = command("--short", "--methods", "bacth")
+    done = command("--tiny", "--methods", "bacth")
     assert done.returncode == 2
     assert "bacth" in done.stderr
 
@@ -122,10 +144,8 @@ class Broken(nn.Module):
 
 
 def test_a_failing_variant_is_recorded_and_the_others_go_on(modules):
-    place = modules.cells.Place("A", (2, 4, 3, 3), "float32", "nchw")
-    builds = {"normlab": Broken, "native": nn.Identity, "compile": lambda: 1 / 0}
-    cell = modules.cells.Cell("batch", place, builds)
-    rows = modules.timing.measure(cell, modules.timing.Inputs(place, 0), rounds=2)
+    cell = cell_of(modules, normlab=Broken, native=nn.Identity, compiled=lambda: 1 / 0)
+    rows = modules.timing.measure(cell, modules.timing.Inputs(cell.place, 0), rounds=2)
     broken, good, unbuilt = rows
     assert broken["error"] == "RuntimeError: no such kernel"
     assert broken["forward_ratio"] is None
@@ -133,7 +153,7 @@ def test_a_failing_variant_is_recorded_and_the_others_go_on(modules):
     assert good["error"] is None
     assert good["both_ratio"] > 0
     table = modules.table.table("A", rows)
-    assert "| batch | normlab | failed |" in table
+    assert "| batch | ≤ 2.0 | normlab | failed |" in table
 
 
 def test_saved_bytes_count_the_input_once(modules):
@@ -146,39 +166,170 @@ def test_saved_bytes_count_the_input_once(modules):
     assert 1 < saved(nn.BatchNorm2d(4), x) < 1.1  # x, and per channel a mean and a deviation
 
 
+def options_of(out, **more):
+    return SimpleNamespace(**{
+        "tiny": True, "rounds": 1, "out": out, "resume": False, "show": False, **more
+    })  # fmt: skip
+
+
 def test_an_interrupted_run_keeps_what_it_measured(modules, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["layers.py", "--out", "somewhere", "--short"])
-    options = SimpleNamespace(short=True, rounds=1, out=tmp_path / "new")
-    place = modules.cells.Place("A", (2, 4, 3, 3), "float32", "nchw")
-    cell = modules.cells.Cell("batch", place, {"normlab": nn.Identity})
-    rows = modules.timing.measure(cell, modules.timing.Inputs(place, 0), rounds=1)
+    monkeypatch.setattr(sys, "argv", ["layers.py", "--out", "somewhere", "--tiny"])
+    out = tmp_path / "new"
+    cell = cell_of(modules, normlab=nn.Identity)
 
     def results():
-        yield cell, rows
+        yield cell, rows_of(modules, cell)
         raise KeyboardInterrupt
 
-    record = modules.record.Record(options)
+    record = modules.record.Record(options_of(out))
     assert modules.run.follow(results(), 2, record, lambda *_: None) == 130
-    (path,) = (tmp_path / "new").glob("*.json")
+    (path,) = out.glob("*.json")
     content = json.loads(path.read_text())
     assert content["complete"] is False
-    assert content["command"] == "python benchmarks/layers.py --short"
+    assert content["command"] == "python benchmarks/layers.py --tiny"
     assert [r["method"] for r in content["rows"]] == ["batch"]
     assert "Incomplete" in path.with_suffix(".md").read_text(encoding="utf-8")
     # A later run of the same day has a file of its own.
-    assert modules.record.Record(options).write()[0] != path
+    assert modules.record.Record(options_of(out)).write()[0] != path
 
 
-def test_slower_cells_are_named(modules):
-    factors = {
-        ("batch", "A", "float32", "nchw"): 2.0,
-        ("layer", "A", "bfloat16", "nchw"): 3.0,
-        ("group", "A", "float32", "nchw"): 1.05,
-        ("rms", "A", "float32", "nchw"): 0.5,
+def test_an_interrupted_run_is_continued(modules, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["layers.py", "--tiny", "--resume"])
+    first = cell_of(modules, "batch", normlab=nn.Identity)
+    second = cell_of(modules, "group", normlab=nn.Identity)
+    record = modules.record.Record(options_of(tmp_path))
+    record.add(rows_of(modules, first))
+    (path, _) = record.write()
+    again = options_of(tmp_path, resume=True)
+    record = modules.record.Record(again)
+    assert record.cells == {first.key}
+    assert second.key not in record.cells
+    results = [(second, rows_of(modules, second))]
+    assert modules.run.follow(results, 1, record, lambda *_: None) == 0
+    content = json.loads(path.read_text())  # the same file
+    assert content["complete"] is True
+    assert [r["method"] for r in content["rows"]] == ["batch", "group"]
+    # A record of other rounds, threads or sources is another one.
+    assert not modules.record.Record(options_of(tmp_path, resume=True, rounds=2)).cells
+    with monkeypatch.context() as patch:
+        patch.setattr(modules.record.torch, "get_num_threads", lambda: 2)
+        assert not modules.record.Record(again).cells
+    with monkeypatch.context() as patch:
+        patch.setattr(modules.record, "sources", lambda: "changed")
+        assert not modules.record.Record(again).cells
+    assert modules.record.Record(again).cells
+
+
+def test_threads_are_in_the_name_of_a_record(modules, tmp_path, monkeypatch):
+    monkeypatch.setattr(modules.record.torch, "get_num_threads", lambda: 2)
+    record = modules.record.Record(options_of(tmp_path))
+    assert all("-2-threads" in path.name for path in record.write())
+
+
+def test_rows_are_chosen_by_options(modules):
+    options = SimpleNamespace(
+        tiny=True, methods=["batch", "rms"], shapes=["A", "D"], dtypes=["float32"],
+        layouts=["nchw"], no_native=False, compile=["rms"], compile_shapes=["D"],
+    )  # fmt: skip
+    places = modules.cells.places(options)
+    found = {str(c): list(c.variants) for p in places for c in modules.cells.cells(options, p)}
+    assert found == {
+        "batch A float32 nchw": ["normlab", "native"],
+        "rms A float32 nchw": ["normlab", "native"],
+        "rms D float32 nlc": ["normlab", "native", "compiled", "compiled native"],
     }
-    text = modules.table.verdict("forward", factors)
-    assert "of 4 cells normlab is faster in 1, equal within 10% in 1, slower in 2:" in text
-    assert text.endswith("- layer A bf16 nchw: 3.0× the time\n- batch A fp32 nchw: 2.0× the time")
+    options.compile, options.compile_shapes = [], None  # those with a target, everywhere
+    found = {str(c): list(c.variants) for p in places for c in modules.cells.cells(options, p)}
+    assert all("compiled" in variants for variants in found.values())
+    assert modules.run.unknown_methods(["batch+relu", "bacth"]) == ["bacth"]
+
+
+def test_native_layers_do_the_same_job(modules):
+    """What normlab is timed against gives its results."""
+    g = torch.Generator().manual_seed(0)
+    for name, case in modules.cases.cases().items():
+        for shape in ((3, 8, 5, 4), (3, 5, 8)):
+            last = len(shape) == 3
+            native = case.native(shape[1:], last)
+            if native is None or name == "ic" or (last and name not in modules.cases.LAST):
+                continue  # dropout draws other numbers
+            x = torch.randn(shape, generator=g)
+            # Float32: sums in another order.
+            torch.testing.assert_close(native()(x), case.ours(8, last)()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_targets_are_those_of_large_and_small_maps(modules):
+    cases = modules.cases.cases()
+    assert cases["filter_response"].target(32 * 32, False) == 1.3
+    assert cases["filter_response"].target(14 * 14, False) == 2.0
+    assert cases["evonorm_s0"].target(14 * 14, False) == 2.0
+    assert cases["layer"].target(1024, True) == 1.6
+    assert cases["pca"].target(32 * 32, False) is None
+    assert set(modules.cases.COMPILED) <= set(cases)
+
+
+def row(method, dtype="float32", variant="normlab", both=1.0, target=1.6, saved=1.0, **more):
+    return {
+        "method": method, "shape": "A", "dims": [2, 4, 3, 3], "dtype": dtype, "layout": "nchw",
+        "variant": variant, "target": target, "error": None, "saved_ratio": saved,
+        "forward_ratio": 1.0, "both_ratio": both, "forward_ms": {"min": 1.0},
+        "both_ms": {"min": both}, "copy_ms": {"min": 1.0}, **more,
+    }  # fmt: skip
+
+
+def test_what_is_over_its_target_is_marked_and_listed(modules):
+    rows = [
+        row("batch", both=1.64),  # 1.6 in two digits
+        row("batch", "bfloat16", both=1.66),
+        row("batch", "bfloat16", "native", both=9.0),  # not ours to keep
+        row("rms", both=1.2, target=1.3, saved=1.06),
+        row("pca", both=99.0, target=None),
+    ]
+    table = modules.table.table("A", rows)
+    assert "| batch | ≤ 1.6 | normlab | 1.0 / 1.6 | 1.0 / **1.7** | 1.00 |" in table
+    assert "|  |  | native | – | 1.0 / 9.0 | 1.00 |" in table
+    assert "| pca |  | normlab | 1.0 / 99 | – | 1.00 |" in table
+    text = modules.table.over_target(rows)
+    assert "Of 3 cells with a target 2 keep to it, 1 do not:" in text
+    assert "| method | A bf16 nchw |\n|---|---|\n| batch | 1.7 |" in text
+    assert (
+        "more than 1.05 in 1 of them:\n\n| method | A fp32 nchw |\n|---|---|\n| rms | 1.06 |"
+        in text
+    )
+    assert modules.table.over_target(rows[4:]) == ""
+
+
+def test_slower_cells_are_named_with_what_is_faster(modules):
+    rows = [
+        row("batch", both=2.0), row("batch", variant="native", both=3.0),
+        row("batch", variant="compiled", both=1.0),
+        row("group", both=1.05), row("group", variant="native", both=1.0),
+        row("layer", both=3.0), row("layer", variant="compiled native", both=1.5),
+        row("rms", both=1.0), row("rms", variant="native", both=2.0),
+        row("none", both=9.0), row("none", variant="native", both=1.0),  # two identities
+        row("pca", both=9.0),  # against nothing
+    ]  # fmt: skip
+    text = modules.table.against(rows)
+    assert text.startswith("## Against the fastest of native, compiled, compiled native\n")
+    assert "Forward: of 4 cells normlab is faster in 0, equal within 10% in 4, slower in 0." in text
+    assert "of 4 cells normlab is faster in 1, equal within 10% in 1, slower in 2, by" in text
+    assert text.endswith(
+        "| method | A fp32 nchw |\n|---|---|\n| batch | 2.0 c |\n| layer | 2.0 nc |"
+    )
+
+
+def test_everything_runs_each_thread_count_that_there_are_cores_for(modules, tmp_path):
+    def threads(cores, short):
+        lines = modules.everything.parts(short, tmp_path, cores)
+        assert all(line[-2:] == ["--out", str(tmp_path)] for line in lines)
+        assert all(Path(line[0]).is_file() for line in lines)
+        layers = [line for line in lines if line[0].endswith("layers.py")]
+        assert all(("--resume" in line) is not short for line in layers)
+        return [line[line.index("--threads") + 1] for line in layers]
+
+    for short in (True, False):
+        assert threads(1, short) == ["1"]
+        assert threads(8, short) == ["1", "2"]
 
 
 def test_every_experiment_is_a_comparison_that_can_be_planned(monkeypatch, tmp_path):
@@ -231,13 +382,13 @@ def test_variance_shift_is_measured_in_a_short_run(tmp_path):
 
 def test_steps_are_timed_beside_what_they_are_held_against(tmp_path):
     script = BENCHMARKS / "steps.py"
-    line = [sys.executable, script, "--short", "--only", "adaptive_clip", "--out", tmp_path]
+    line = [sys.executable, script, "--tiny", "--only", "adaptive_clip", "--out", tmp_path]
     done = subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     (data,) = tmp_path.glob("*.json")
     record = json.loads(data.read_text())
     assert record["kind"] == "steps"
-    assert record["command"] == "python benchmarks/steps.py --short --only adaptive_clip"
+    assert record["command"] == "python benchmarks/steps.py --tiny --only adaptive_clip"
     names = [row["case"] for row in record["rows"]]
     assert names == ["group", "adaptive_clip"]
     base, method = record["rows"]

@@ -1,0 +1,109 @@
+"""What is held against what: methods and options, torch's layers for the same job, targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+import normlab as nl
+from normlab.activations._areas import default_groups
+from normlab.core.card import Card
+
+Build = Callable[[], nn.Module]
+# Beside each method with its default options. The name is the row's.
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "batch+relu": ("batch", {"activation": "relu"}),
+    "group+silu": ("group", {"activation": "silu"}),
+    "rms/position": ("rms", {"over": "position"}),
+}
+LAST = ("layer", "rms", "dyt")  # the methods of transformers, measured on (N, L, C)
+# Forward and backward together in multiples of the floor.
+TARGETS = {
+    **dict.fromkeys(("filter_response", "rms", "rms/position", "instance", "variance"), 1.3),
+    **dict.fromkeys(("batch", "batch_renorm", "ghost_batch", "group", "layer", "position"), 1.6),
+    **dict.fromkeys(("batch+relu", "group+silu"), 1.6),
+    **dict.fromkeys(("evonorm_s0", "evonorm_b0"), 2.0),
+}
+SMALL_MAP, SMALL_TARGET = 14 * 14, 2.0  # short rows cost every method something
+# What `--compile` compiles where it is given no names.
+COMPILED = (*TARGETS, "l1_batch", "lp_batch", "switchable")
+
+
+class Permuted(nn.Module):
+    """A layer for (…, C), on (N, C, H, W): how torch normalizes over channels at each position."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x.permute(0, 2, 3, 1))
+        return y.permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method under options: one row of a table for each of its variants.
+
+    Attributes:
+        name: Name of the row, that of the method where the options are the default ones.
+        card: The method.
+        options: Options that are not the default ones.
+    """
+
+    name: str
+    card: Card
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def ours(self, channels: int, last: bool) -> Build:
+        """Return the builder of normlab's layer."""
+        return lambda: self.card.make(channels, channel_dim=-1 if last else 1, **self.options)
+
+    def native(self, sample: Sequence[int], last: bool) -> Build | None:
+        """Return the builder of torch's own layers for the same job, or None where it has none.
+
+        Args:
+            sample: Lengths of x without the first.
+            last: Whether channels are its last axis.
+        """
+        c = sample[-1] if last else sample[0]
+        own: dict[str, Build] = {
+            "none": nn.Identity,
+            "layer": (lambda: nn.LayerNorm(c)) if last else (lambda: nn.GroupNorm(1, c)),
+            # Over the sample, torch's weight has one element for each of the sample's.
+            "rms": lambda: nn.RMSNorm(c if last else list(sample)),
+            "rms/position": lambda: Permuted(nn.RMSNorm(c)),
+            "group": lambda: nn.GroupNorm(default_groups(c), c),
+            "group+silu": lambda: nn.Sequential(nn.GroupNorm(default_groups(c), c), nn.SiLU()),
+            "position": lambda: Permuted(nn.LayerNorm(c)),
+            "batch+relu": lambda: nn.Sequential(nn.BatchNorm2d(c), nn.ReLU()),
+            "ic": lambda: nn.Sequential(
+                nn.BatchNorm2d(c), nn.Dropout(self.card.options["dropout"])
+            ),
+        }
+        if self.name in own:
+            return own[self.name]
+        twin = None if last or self.options else self.card.twin
+        return None if twin is None else lambda: twin(c, len(sample) - 1)
+
+    def target(self, positions: int, last: bool) -> float | None:
+        """Return what forward and backward may cost in multiples of the floor; None: not set."""
+        own = TARGETS.get(self.name)
+        if own is None or last or positions > SMALL_MAP:
+            return own
+        return max(own, SMALL_TARGET)
+
+
+def cases() -> dict[str, Case]:
+    """All rows, in the catalogue's order, other options after the default ones."""
+    known = nl.catalogue("activation")
+    found = {}
+    for name, card in known.items():
+        found[name] = Case(name, card)
+        for other, (method, options) in OPTIONS.items():
+            if method == name:
+                found[other] = Case(other, card, options)
+    return found
