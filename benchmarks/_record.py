@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -59,7 +60,7 @@ def sources() -> str:
 
 def command() -> str:
     """The command without directories, so that it reads the same on every machine."""
-    words = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    words = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".rstrip()
     return re.sub(r" --(out[ =]\S+|resume|show)", "", words)
 
 
@@ -108,15 +109,15 @@ class Record:
             self._stem = stem("layers", self._head, options.out)
 
     def _continue(self, folder: Path) -> bool:
-        """Take over the newest record that began as this one does; return whether there is one."""
-        for path in sorted(folder.glob("layers-*.json"), key=lambda p: -p.stat().st_mtime):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if identity(content) == identity(self._head):
-                self._stem, self.complete = path.with_suffix(""), content["complete"]
-                self._head |= {key: content[key] for key in ("date", "load_at_start")}
-                self._take(content["rows"])
-                return True
-        return False
+        """Take over the record that began as this one does; return whether there is one."""
+        found = same("layers", self._head, folder)
+        if found is None:
+            return False
+        path, content = found
+        self._stem, self.complete = path.with_suffix(""), content["complete"]
+        self._head |= {key: content[key] for key in ("date", "load_at_start")}
+        self._take(content["rows"])
+        return True
 
     def _take(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -161,6 +162,15 @@ def identity(head: dict[str, Any]) -> dict[str, Any]:
     fixed = {key: value for key, value in head.items() if key not in timed}
     around = {k: v for k, v in head["environment"].items() if k != "revision"}
     return json.loads(json.dumps(fixed | around))
+
+
+def same(kind: str, head: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest record of the same command, sources and surroundings, or None."""
+    for path in sorted(folder.glob(f"{kind}-*.json"), key=lambda p: -p.stat().st_mtime):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if identity(content) == identity(head):
+            return path, content
+    return None
 
 
 def replace(path: Path, text: str) -> None:

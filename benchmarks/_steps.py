@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normlab as nl
-from _record import header, load, replace, stem
+from _record import header, load, replace, same, stem
 from _timing import now, spread
+from normlab.activations._areas import default_groups
+from normlab.networks import NormFactory
 
 Method = Callable[[nn.Module, torch.optim.Optimizer], object]
 """Puts a method into a network and its optimizer. Adds no parameters that are not in it yet."""
@@ -33,9 +35,9 @@ class Case:
 
     Attributes:
         name: Its name in the table, and on the command line.
-        against: Name of the case whose step it is divided by; its own for those that are divided
-            by.
-        norm: Normalizer of the network.
+        against: Name of the case whose step it is divided by; its own where there is none.
+        norm: Normalizer of the network: a name, or a factory as networks take them.
+        target: What the step may cost, in multiples of the other; None where nothing is set.
         network: Spec of the network; None for the common one.
         before: Changes the network before the optimizer takes its parameters.
         after: Attaches something to the optimizer.
@@ -43,7 +45,8 @@ class Case:
 
     name: str
     against: str
-    norm: str = "none"
+    norm: str | NormFactory = "none"
+    target: float | None = None
     network: str | None = None
     before: Callable[[nn.Module], object] | None = None
     after: Method | None = None
@@ -69,30 +72,39 @@ def _bare(model: nn.Module) -> None:
             layer.effective = partial(getattr, layer, "weight")
 
 
+NORMALIZERS = (
+    "batch", "instance", "layer", "group", "rms", "filter_response", "evonorm_s0", "evonorm_b0",
+    "batch_renorm", "ghost_batch", "variance", "switchable", "position", "l1_batch",
+)  # fmt: skip
+WEIGHTS = (
+    "standardization", "scaled_standardization", "weight_norm", "centered", "spectral",
+    "orthogonal", "newton_orthogonal",
+)  # fmt: skip
+BUDGETS = {"standardization": 1.05, "scaled_standardization": 1.05}
 CASES = (
-    # What others are divided by: with group norm, without any, with one-bit activations alone.
-    Case("group", "group", "group"),
     Case("none", "none"),
-    Case("binary: stored weights", "binary: stored weights", "none", FREE, before=_bare),
+    *(Case(name, "none", name, 1.12) for name in NORMALIZERS),
+    # The activation in the same pass, where the others have a ReLU after them.
     *(
-        Case(name, "group", "group", before=_weight(name))
-        for name in (
-            "standardization", "scaled_standardization", "weight_norm", "centered", "spectral",
-            "orthogonal", "newton_orthogonal",
-        )
+        Case(f"{name}+relu", "none", partial(nl.norm, name, activation="relu"), 1.12)
+        for name in ("batch", "group")
     ),
+    Case("native batch", "none", nn.BatchNorm2d),
+    Case("native group", "none", lambda channels: nn.GroupNorm(default_groups(channels), channels)),
+    *(Case(name, "group", "group", BUDGETS.get(name), before=_weight(name)) for name in WEIGHTS),
     Case("rescaling", "group", "group", after=_rescaling),
     Case("centralization", "group", "group", after=_gradient("centralization")),
-    Case("adaptive_clip", "group", "group", after=_gradient("adaptive_clip", skip="head")),
+    Case("adaptive_clip", "group", "group", 1.05, after=_gradient("adaptive_clip", skip="head")),
     # Layers need biases, which those followed by a normalizer lack.
-    Case("preconditioning", "none", after=_gradient("preconditioning")),
-    Case("binary: signs", "binary: stored weights", "none", BINARY),
-    Case("binary: standardized signs", "binary: stored weights", "none", FREE),
-)  # fmt: skip
+    Case("preconditioning", "none", "none", 1.15, after=_gradient("preconditioning")),
+    Case("binary: stored weights", "binary: stored weights", "none", network=FREE, before=_bare),
+    Case("binary: signs", "binary: stored weights", "none", network=BINARY),
+    Case("binary: standardized signs", "binary: stored weights", "none", network=FREE),
+)
 
 
 def chosen(only: Sequence[str] | None) -> list[Case]:
-    """The cases of those names with what they are held against; all for None.
+    """The cases of those names, with what they are held against in turn; all for None.
 
     Raises:
         KeyError: If there is no case of a name.
@@ -102,7 +114,8 @@ def chosen(only: Sequence[str] | None) -> list[Case]:
         if name not in known:
             raise KeyError(f"no case is called {name!r}; there are: {', '.join(known)}")
     wanted = set(known if only is None else only)
-    wanted |= {known[name].against for name in wanted}
+    while more := {known[name].against for name in wanted} - wanted:
+        wanted |= more
     return [case for case in CASES if case.name in wanted]
 
 
@@ -112,9 +125,8 @@ class Step:
     def __init__(self, case: Case, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         spec = case.network or (TINY if options.tiny else NETWORK)
-        model = nl.networks.build(
-            spec, partial(nl.norm, case.norm), classes=10, image_shape=(3, 32, 32)
-        )
+        norm = partial(nl.norm, case.norm) if isinstance(case.norm, str) else case.norm
+        model = nl.networks.build(spec, norm, classes=10, image_shape=(3, 32, 32))
         dtype = getattr(torch, options.dtype)
         last = options.layout == "channels_last"
         order = torch.channels_last if last else torch.contiguous_format
@@ -192,7 +204,7 @@ def row(one: Timed, least: dict[str, float]) -> dict[str, Any]:
     case, good = one.case, one.case.name in least
     floor = least.get(case.against)
     return {
-        "case": case.name, "against": case.against, "norm": case.norm,
+        "case": case.name, "against": case.against, "target": case.target,
         "step_ms": spread(one.times) if good else None,
         "ratio": least[case.name] / floor if good and floor else None,
         "error": one.error,
@@ -211,15 +223,27 @@ def markdown(record: dict[str, Any]) -> str:
         f"- versions: torch {env['torch']}, normlab {env['normlab']}, revision {env['revision']}",
         f"- load: {record['load_at_start']} to {record['load_at_end']}",
         f"- rounds: {record['rounds']}, {record['clock']}; least time of all",
-        "", "| step with | ms | against | ratio |", "|---|---|---|---|",
+        "", "| step with | ms | against | ratio | target |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for r in record["rows"]:
         if r["error"] is not None:
-            lines.append(f"| {r['case']} | failed: `{r['error'].splitlines()[0]}` | | |")
+            lines.append(f"| {r['case']} | failed: `{r['error'].splitlines()[0]}` | | | |")
             continue
-        ratio = "" if r["case"] == r["against"] else f"{r['ratio']:.3f}"
-        lines.append(f"| {r['case']} | {r['step_ms']['min']:.1f} | {r['against']} | {ratio} |")
+        ratio = f"{r['ratio']:.3f}" if r["case"] != r["against"] and r["ratio"] else ""
+        ratio = f"**{ratio}**" if exceeds(r) else ratio
+        target = "" if r["target"] is None else f"≤ {r['target']}"
+        ms = f"{r['step_ms']['min']:.1f}"
+        lines.append(f"| {r['case']} | {ms} | {r['against']} | {ratio} | {target} |")
+    held = [r for r in record["rows"] if r["target"] is not None and r["ratio"] is not None]
+    over = [r["case"] for r in held if exceeds(r)]
+    lines += ["", f"Over the target, of {len(held)}: {', '.join(over) or 'none'}."] if held else []
     return "\n".join(lines) + "\n"
+
+
+def exceeds(row: dict[str, Any]) -> bool:
+    """Whether a step is over its target, as far as two decimals tell."""
+    known = row["target"] is not None and row["ratio"] is not None
+    return known and round(row["ratio"], 2) > row["target"]
 
 
 def run(cases: Sequence[Case], options: argparse.Namespace) -> int:
@@ -233,6 +257,10 @@ def run(cases: Sequence[Case], options: argparse.Namespace) -> int:
         "dtype": options.dtype,
         "layout": options.layout,
     }
+    done = same("steps", head, options.out) if options.resume else None
+    if done is not None:
+        print(f"{done[0]} holds this run; without --resume it is repeated", file=sys.stderr)
+        return int(any(r["error"] is not None for r in done[1]["rows"]))
     rows = measure(cases, options)
     record = head | {"load_at_end": load(), "rows": rows}
     text = markdown(record)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SHORT_LAYERS = ["--methods", "batch", "filter_response", "group", "rms", "--shapes", "A"]
+SHORT_STEPS = ["--only", "batch", "filter_response", "group", "native batch"]
 
 
 def parts(short: bool, out: Path, cores: int) -> list[list[str]]:
@@ -29,11 +30,18 @@ def parts(short: bool, out: Path, cores: int) -> list[list[str]]:
     """
     counts = ("1", "2") if cores > 1 else ("1",)
     if short:
-        common = ["--rounds", "3", "--show"]
-        lines = [["layers.py", *SHORT_LAYERS, "--threads", n, *common] for n in counts]
+        lines = [["layers.py", *SHORT_LAYERS, "--rounds", "3", "--show", "--threads", n]
+                 for n in counts]  # fmt: skip
+        lines.append(["steps.py", *SHORT_STEPS, "--rounds", "3"])
     else:
         every = ["--shapes", "A", "B", "C", "D", "--compile", "--resume"]
         lines = [["layers.py", *every, "--threads", n] for n in counts]
+        lines += [
+            ["steps.py", "--dtype", dtype, "--layout", layout, "--threads", n, "--resume"]
+            for n in counts
+            for dtype in ("float32", "bfloat16")
+            for layout in ("nchw", "channels_last")
+        ]
     return [[str(HERE / script), *words, "--out", str(out)] for script, *words in lines]
 
 

@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=positive, default=1, help="1")
     p.add_argument("--tiny", action="store_true", help="a tiny network, to see that it runs")
     p.add_argument("--out", type=Path, default=RECORDS, metavar="DIR", help="records/")
+    p.add_argument("--resume", action="store_true", help="do nothing where this run has its record")
     return p
 
 

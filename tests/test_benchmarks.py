@@ -390,11 +390,39 @@ def test_steps_are_timed_beside_what_they_are_held_against(tmp_path):
     assert record["kind"] == "steps"
     assert record["command"] == "python benchmarks/steps.py --tiny --only adaptive_clip"
     names = [row["case"] for row in record["rows"]]
-    assert names == ["group", "adaptive_clip"]
-    base, method = record["rows"]
-    assert base["ratio"] == 1
+    assert names == ["none", "group", "adaptive_clip"]
+    none, base, method = record["rows"]
+    assert none["ratio"] == 1
+    assert base["ratio"] == base["step_ms"]["min"] / none["step_ms"]["min"]
+    assert method["target"] == 1.05
     assert method["ratio"] == method["step_ms"]["min"] / base["step_ms"]["min"]
     assert "| adaptive_clip |" in data.with_suffix(".md").read_text(encoding="utf-8")
+    again = subprocess.run(
+        [*line, "--resume"], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert again.returncode == 0
+    assert f"{data} holds this run" in again.stderr
+    assert list(tmp_path.glob("*.json")) == [data]
+
+
+def test_steps_over_their_target_are_marked(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _steps
+
+    times = {"none": 100.0, "batch": 112.4, "group": 112.6, "native batch": 150.0}
+    cases = [case for case in _steps.CASES if case.name in times]
+    timed = [_steps.Timed(case, times=[times[case.name], 999.0]) for case in cases]
+    head = {
+        "date": "2026-01-01", "environment": dict.fromkeys(("cpu", "cores", "torch", "normlab",
+        "revision"), "?"), "tiny": False, "command": "", "network": "", "batch": 1, "dtype": "",
+        "layout": "", "threads": 1, "load_at_start": 0, "load_at_end": 0, "rounds": 2, "clock": "",
+    }  # fmt: skip
+    text = _steps.markdown(head | {"rows": [_steps.row(one, times) for one in timed]})
+    assert "| none | 100.0 | none |  |  |" in text
+    assert "| batch | 112.4 | none | 1.124 | ≤ 1.12 |" in text  # in two decimals it is not over
+    assert "| group | 112.6 | none | **1.126** | ≤ 1.12 |" in text
+    assert "| native batch | 150.0 | none | 1.500 |  |" in text
+    assert "Over the target, of 2: group." in text
 
 
 def test_steps_of_no_such_case_are_refused(tmp_path):
