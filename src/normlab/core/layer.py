@@ -173,14 +173,20 @@ class Normalize(StoringLayer):
             # Nothing to average; parameters stay in the graph, with gradient 0.
             return x + 0 * sum((p.sum() for p in self.parameters()), x.new_zeros(()))
         measured: list[tuple[Layout, Moments]] = []
-        ys = [self._normalize(part, m, measured) for part, m in self._pieces(x, mask)]
-        self._maybe_update(measured)
-        return self._recover(ys[0] if len(ys) == 1 else torch.cat(ys))
+        if self.batch_size is None:
+            y = self._normalize(x, mask, measured)
+        else:
+            ys = [self._normalize(part, m, measured) for part, m in self._pieces(x, mask)]
+            y = ys[0] if len(ys) == 1 else torch.cat(ys)
+        if self.stored_names:
+            self._maybe_update(measured)
+        return self._recover(y)
 
     def _pieces(self, x: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
         """The batch, in two where ghost batches of nearly equal size are not all equal."""
         n = x.shape[0]
-        parts = -(-n // self.batch_size) if self.batch_size else 1
+        assert self.batch_size is not None
+        parts = -(-n // self.batch_size)
         if not self._measures or n % max(parts, 1) == 0:
             return [(x, mask)]
         cut = (n % parts) * (n // parts + 1)
@@ -189,7 +195,7 @@ class Normalize(StoringLayer):
 
     def _recover(self, y: Tensor) -> Tensor:
         """The parts of Ψ that no kernel fuses."""
-        if not self.training:
+        if not self.training or not self.recovery.dropout:
             return y
         channel_dim = self.channel_dim if self.recovery.drop == "channel" else None
         return dropout(y, self.recovery.dropout, channel_dim)
@@ -198,15 +204,16 @@ class Normalize(StoringLayer):
         self, x: Tensor, mask: Tensor | None, measured: list[tuple[Layout, Moments]]
     ) -> Tensor:
         """Π, statistics, Φ, Ψ, Π⁻¹ for one piece; moments of the batch are added to `measured`."""
-        sizes = self._sizes(x.shape[0], ghosts=self._measures)
+        measures = self._measures
+        sizes = self._sizes(x.shape[0], ghosts=measures)
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
         if mask is None and self._compilable:
+            affine = (self.weight, self.bias, self.threshold)
             kernels = dispatch.kernels_for(
-                x, layout, self.operation, self.activation,
-                (self.weight, self.bias, self.threshold), self._buffers.values(),
-            )  # fmt: skip
+                x, layout, self.operation, self.activation, affine, self._buffers.values()
+            )
             if kernels is not None:
-                return self._compiled(kernels, x, layout, measured)
+                return self._compiled(kernels, x, layout, affine, measured, measures)
         view = layout.split(x)
         mask = None if mask is None else layout.per_position(mask)
         weight, bias, threshold, slope = [
@@ -239,34 +246,33 @@ class Normalize(StoringLayer):
         return self.slope is None and s.reduce is None and folded
 
     def _compiled(
-        self, kernels: ModuleType, x: Tensor, layout: Layout,
-        measured: list[tuple[Layout, Moments]],
+        self, kernels: ModuleType, x: Tensor, layout: Layout, affine: tuple[Tensor | None, ...],
+        measured: list[tuple[Layout, Moments]], measures: bool,
     ) -> Tensor:  # fmt: skip
         """The same through compiled kernels, which measure and normalize in one call."""
         spec = Spec(layout.member_dims, self.operation, self.activation)
-        weight: Tensor | None = self.weight
-        bias: Tensor | None = self.bias
+        weight, bias, threshold = affine
         eps, stored = self.eps, self._uses_stored
-        renormalized = isinstance(self.statistics, st.Renormalized) and not stored
-        if self._measures:
+        renormalized = not stored and isinstance(self.statistics, st.Renormalized)
+        if measures:
             self._check_members(layout, False)
         given: Moments | None = None
-        if self._measures and (stored or renormalized):
+        if measures and (stored or renormalized):
             given = kernels.moments(x, layout, spec)
             measured.append((layout, given))
         if stored:
             given, eps = self._from_stored(layout, eps)
         elif renormalized:
             assert given is not None
-            affine = (None if p is None else layout.per_channel(p) for p in (weight, bias))
+            views = (None if p is None else layout.per_channel(p) for p in (weight, bias))
             whole = layout.per_channel(x.new_empty(self.num_channels)).shape
             weight, bias = (
-                p.expand(whole).reshape(-1) for p in self._renormalize(layout, given, *affine)
+                p.expand(whole).reshape(-1) for p in self._renormalize(layout, given, *views)
             )
         y, used = kernels.normalize(
-            x, layout, spec, weight, bias, self.threshold, eps, given, from_batch=not stored
+            x, layout, spec, weight, bias, threshold, eps, given, from_batch=not stored
         )
-        if self._measures and not (stored or renormalized):
+        if measures and not (stored or renormalized):
             measured.append((layout, used))
         return cast(Tensor, y)
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,9 +99,10 @@ class Partition:
             )
         if channel_dim not in (1, -1):
             raise PartitionError(f"channel_dim is 1 or -1; received {channel_dim}")
-        if all(type(length) is int for length in shape) and not torch.compiler.is_compiling():
-            return _bound(self, tuple(shape), channel_dim, tuple((sizes or {}).items()))
-        return self._bind(shape, channel_dim, sizes or {})  # lengths that a tracer keeps open
+        if not torch.compiler.is_compiling():
+            with suppress(TypeError):  # lengths that a tracer keeps open have no hash
+                return _bound(self, tuple(shape), channel_dim, tuple((sizes or {}).items()))
+        return self._bind(shape, channel_dim, sizes or {})
 
     def _bind(self, shape: Sequence[int], channel_dim: int, known: Mapping[str, int]) -> Layout:
         """The layout of a shape; see `bind`."""
@@ -177,6 +180,11 @@ class Layout:
     channel_dim: int
     member_dims: tuple[int, ...]
     members: int
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What kernels remember of this layout, by keys of their own."""
+        return {}
 
     @cached_property
     def lengths(self) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Self, cast
 
@@ -131,15 +132,48 @@ class StoringLayer(nn.Module):
     @torch.no_grad()
     def _maybe_update(self, measured: list[tuple[Layout, Moments]]) -> None:
         """Apply the update policy to the moments of the pieces of a batch, as one batch."""
+        if not measured or not self._updates:
+            return
         tensors = [t for _, m in measured for t in (m.mean, m.moment) if t is not None]
         buffers = [getattr(self, n) for n in self.stored_names]
-        if not measured or not self._updates or not st.writable(tensors, buffers):
+        if not st.writable(tensors, buffers) or self._blended(measured, buffers):
             return
         if self._update == "accumulate":
             self._pool(measured)
             return
         values, areas = self._averages(measured, self._to_store)
         self._write(values, areas > 0)
+
+    def _blended(self, measured: list[tuple[Layout, Moments]], buffers: list[Tensor]) -> bool:
+        """Update in a few operations, where nothing is special; otherwise leave all as it is.
+
+        Plain momentum, one area a channel with members enough, finite statistics on a processor
+        that answers at once whether they are.
+        """
+        (_, given), *more = measured
+        momentum = getattr(self.statistics, "momentum", None)
+        if (
+            more
+            or momentum is None
+            or not isinstance(given.size, int)
+            or given.size < self._least
+            or self._update == "accumulate"
+            or torch.compiler.is_compiling()
+            or not all(type(b) is Tensor and b.is_cpu for b in buffers)
+            or not self._one_area
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._is_tracing()
+        ):
+            return False
+        values = [value.reshape(-1) for value in self._to_store(given).values()]
+        same = [(v.dtype, v.shape) for v in values] == [(b.dtype, b.shape) for b in buffers]
+        # A sum is finite only if all its terms are.
+        if not same or not all(math.isfinite(value.sum().item()) for value in values):
+            return False
+        torch._foreach_lerp_(buffers, values, momentum)
+        self.num_batches_tracked.add_(1)
+        return True
 
     def _averages(
         self,

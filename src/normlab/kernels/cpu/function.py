@@ -1,0 +1,261 @@
+"""Compiled kernels as one function of autograd, whatever the family of kernels.
+
+First derivatives come from the kernels. Where a backward pass is differentiated itself, in forward
+mode, and under `torch.func`, the closed form in torch operations takes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from normlab.core.partition import Layout
+from normlab.kernels import closed_form, reference
+from normlab.kernels.reference import Moments, Spec
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+# The dtype of statistics, and of parameters inside the kernels.
+WIDE = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
+_TYPES = (Tensor, torch.nn.Parameter)
+
+Parameters = tuple[Tensor | None, ...]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Job:
+    """What the calls of one case have in common; made once for each by `job_of`.
+
+    Attributes:
+        layout: Π bound to the shape of x.
+        spec: Axes, operation and activation of the split view.
+        from_batch: Whether statistics are those of x itself.
+        shape: Of statistics, which broadcast against the split view.
+        family: The module of kernels, with functions `place`, `forward` and `backward`.
+        records: What the family keeps for each order of memory.
+    """
+
+    __slots__ = ("family", "from_batch", "layout", "records", "shape", "spec")
+
+    def __init__(self, layout: Layout, spec: Spec, from_batch: bool, family: ModuleType) -> None:
+        self.layout, self.spec, self.from_batch, self.family = layout, spec, from_batch, family
+        self.shape = tuple(1 if i in spec.dims else n for i, n in enumerate(layout.split_shape))
+        self.records: dict[tuple[int, ...], Any] = {}
+
+
+def job_of(layout: Layout, spec: Spec, from_batch: bool, family: ModuleType) -> Job:
+    """The job of a case.
+
+    Args:
+        layout: Π bound to the shape of x.
+        spec: Axes, operation and activation of the split view.
+        from_batch: Whether statistics are those of x itself.
+        family: The module that computes it.
+
+    Returns:
+        The job, the same at every call.
+    """
+    key = (spec, from_batch, family)
+    job: Job | None = layout.memo.get(key)
+    if job is None:
+        job = layout.memo[key] = Job(layout, spec, from_batch, family)
+    return job
+
+
+def plain(x: Tensor) -> bool:
+    """Whether x is memory of this process and nothing else: no subclass, no lazy negation."""
+    return type(x) in _TYPES and x.is_cpu and not x.is_neg()
+
+
+def observed() -> bool:
+    """Whether operations of torch are transformed or recorded: kernels would go unseen."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+    )
+
+
+def readable(
+    x: Tensor, channels: int, parameters: Parameters, buffers: Iterable[Tensor | None]
+) -> bool:
+    """Whether kernels may read these tensors: plain dense CPU memory, no transform at work.
+
+    Args:
+        x: The input.
+        channels: C.
+        parameters: γ, β and τ.
+        buffers: Stored statistics.
+
+    Returns:
+        Whether they may.
+    """
+    if not plain(x) or x.dtype not in DTYPES or observed():
+        return False
+    for p in parameters:
+        # The kernels read C numbers, whatever the length: the other backends report the fault.
+        if p is not None and not (plain(p) and p.shape == (channels,)):
+            return False
+    for b in buffers:  # noqa: SIM110 (a generator takes several times as long)
+        if b is not None and not plain(b):
+            return False
+    return True
+
+
+def flat(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A parameter as kernels read it: its elements one after another, in that dtype."""
+    if t is None or (t.dtype is dtype and t.is_contiguous()):
+        return t
+    return t.detach().to(dtype).contiguous()
+
+
+def statistics(
+    job: Job, x: Tensor, mean: Tensor | None, moment: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those that the operation has, one number an area after another; room to measure them."""
+    op, dtype = job.spec.operation, WIDE[x.dtype]
+
+    def dense(given: Tensor | None) -> Tensor:
+        if given is None:
+            return x.new_empty(job.shape, dtype=dtype)
+        return given.detach().to(dtype).expand(job.shape).contiguous()
+
+    return dense(mean) if op.uses_mean else None, dense(moment) if op.p is not None else None
+
+
+class _Normalize(torch.autograd.Function):
+    """(x, γ, β, τ, ε, (job, number, statistics)) → y; statistics given or put there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        threshold: Tensor | None,
+        eps: Tensor | None,
+        call: tuple[Job, float, list[Tensor | None]],
+    ) -> Tensor:
+        job, number, given = call
+        y: Tensor
+        y, *given[:] = job.family.forward(job, x, weight, bias, threshold, number, *given)
+        ctx.call = (job, number)
+        ctx.save_for_backward(x, weight, bias, threshold, eps, *given)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy = grads[0]
+        if dy is None:
+            return (None,) * 6
+        x, weight, bias, threshold, eps, mean, moment = ctx.saved_tensors
+        (job, number), needs = ctx.call, ctx.needs_input_grad
+        # Gradients batched by `is_grads_batched` are tensors without memory.
+        direct = type(dy) is Tensor and torch._C._has_storage(dy) and not observed()
+        if torch.is_grad_enabled() or not direct:
+            inputs = (x, weight, bias, threshold, eps)
+            return *differentiable(job, needs, dy, inputs, number, mean, moment), None
+        dx, *slopes, deps = job.family.backward(
+            job, needs, dy, x, weight, bias, threshold, number, mean, moment
+        )
+        deps = None if deps is None or eps is None else deps.to(eps.dtype).view(eps.shape)
+        return dx, *slopes, deps, None
+
+
+def differentiable(
+    job: Job,
+    needs: Sequence[bool],
+    dy: Tensor,
+    given: Parameters,
+    number: float,
+    mean: Tensor | None,
+    moment: Tensor | None,
+) -> Gradients:
+    """The gradient by torch operations, which autograd and transforms can differentiate.
+
+    Args:
+        job: The case.
+        needs: For which of `given` to return one.
+        dy: The gradient of y.
+        given: x, γ, β, τ and ε.
+        number: ε where it is not among them.
+        mean: The statistics that were used.
+        moment: Likewise.
+
+    Returns:
+        Gradients of `given`.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that the derivative stops here: γ may itself have been computed from x.
+        inputs = tuple(None if t is None else t.view_as(t) for t in given)
+        y = _by_operations(job, inputs, number, mean, moment)
+        wanted = [t for t, need in zip(inputs, needs, strict=False) if need and t is not None]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again, allow_unused=True))
+    dx, dweight, dbias, dthreshold, deps = (
+        next(found) if need and t is not None else None
+        for t, need in zip(inputs, needs, strict=False)
+    )
+    return dx, dweight, dbias, dthreshold, deps
+
+
+def _by_operations(
+    job: Job, inputs: Parameters, number: float, mean: Tensor | None, moment: Tensor | None
+) -> Tensor:
+    """The same function in torch operations."""
+    x, weight, bias, threshold, eps = inputs
+    assert x is not None
+    layout, spec = job.layout, job.spec
+    # Stored statistics stand here once for each area, where `closed_form` takes them once in all.
+    backend = closed_form if job.from_batch else reference
+    affine = [None if p is None else layout.per_channel(p) for p in (weight, bias, threshold)]
+    y = backend.normalize(
+        layout.split(x), Moments(mean, moment, layout.members), *affine,
+        number if eps is None else eps, None, spec, from_batch=job.from_batch,
+    )  # fmt: skip
+    return layout.join(y)
+
+
+def normalize(
+    family: ModuleType,
+    x: Tensor,
+    layout: Layout,
+    spec: Spec,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: Tensor | None,
+    eps: Tensor | float,
+    given: Moments | None,
+    *,
+    from_batch: bool,
+) -> tuple[Tensor, Moments]:
+    """y = a((x − s·μ)/D · γ + β) of the whole tensor, and the statistics.
+
+    Args:
+        family: The module of kernels, which `supports` the case.
+        x: The input.
+        layout: Π bound to its shape.
+        spec: Axes of the members, operation and activation.
+        weight: γ of shape (C,), or None.
+        bias: β, likewise.
+        threshold: τ, for the TLU.
+        eps: ε, a tensor where it is learned.
+        given: Statistics to use; None to measure those of x.
+        from_batch: Whether `given`, if any, was measured on x, so that gradients flow through it.
+
+    Returns:
+        y, in the dtype and memory order of x, and the statistics used.
+    """
+    learned, number = (eps, eps.item()) if isinstance(eps, Tensor) else (None, eps)
+    job = job_of(layout, spec, from_batch, family)
+    # Copied out here, where autograd sees it: what is saved must have x as its history.
+    x = family.place(job, x)
+    used: list[Tensor | None] = [None, None] if given is None else [given.mean, given.moment]
+    y: Tensor = _Normalize.apply(x, weight, bias, threshold, learned, (job, number, used))  # type: ignore[no-untyped-call]
+    return y, Moments(used[0], used[1], layout.members)
