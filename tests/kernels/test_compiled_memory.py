@@ -9,9 +9,9 @@ import pytest
 
 from normlab.kernels import cpu
 
-SOURCE = Path(cpu.__file__).with_name("normalize.cpp")
+FOLDER = Path(cpu.__file__).parent
 
-DRIVER = """
+ROOM = """
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -29,6 +29,9 @@ template <class T> T *room(std::mt19937 &r, i64 count, bool positive = false) {
   return p;
 }
 
+"""
+
+NORMALIZE = """
 template <class T, class R> int once(std::mt19937 &r, int dtype) {
   auto pick = [&](std::initializer_list<i64> from) { return from.begin()[r() % from.size()]; };
   Call k{};
@@ -86,14 +89,54 @@ int main() {
 }
 """
 
+UNITS = """
+template <class T> int once(std::mt19937 &r, int dtype) {
+  auto pick = [&](std::initializer_list<i64> from) { return from.begin()[r() % from.size()]; };
+  Rows k{};
+  k.units = pick({1, 2, 3, 7, 33}), k.fan_in = pick({1, 2, 3, 7, 15, 16, 17, 131, 1500});
+  k.form = r() % 4, k.signs = r() % 3, k.zero = double(r() % 2), k.eps = r() % 2 ? 1e-5 : 0.0;
+  k.constant = 1.5;
+  i64 all = k.units * k.fan_in;
+  T *v = room<T>(r, all), *w = room<T>(r, all), *dv = room<T>(r, all), *dy = room<T>(r, all);
+  if (r() % 4 == 0) std::fill(v, v + k.fan_in, T{});
+  double *stats = room<double>(r, 4 * k.units);
+  k.v = v, k.gain = r() % 2 ? stats : nullptr;
+  k.mean = stats + k.units, k.moment = stats + 2 * k.units, k.out = w;
+  int failed = normlab_units(&k, dtype, 0);
+  k.dy = dy, k.out = r() % 8 ? dv : nullptr, k.dgain = r() % 2 ? stats + 3 * k.units : nullptr;
+  failed |= normlab_units(&k, dtype, 1);
+  if (dtype != 1) { // two gradients, of which the second has one unit
+    i64 units[] = {k.units, 1}, fan_in[] = {k.fan_in, all};
+    void *gradient[] = {dy, dv};
+    const void *weight[] = {v, w};
+    Rewrite c{2, i64(r() % 2), 0.02, 1e-3, units, fan_in, gradient, weight, stats};
+    failed |= normlab_rewrite(&c, dtype);
+  }
+  for (void *p : {(void *)v, (void *)w, (void *)dv, (void *)dy, (void *)stats}) std::free(p);
+  return failed;
+}
 
-def test_no_access_outside_of_what_was_given(tmp_path):
+int main() {
+  std::mt19937 r(1);
+  for (int i = 0; i < 400; i++)
+    if (once<float>(r, 0) | once<double>(r, 1) | once<bf16>(r, 2)) return 3;
+  Rows none{};
+  Rewrite nothing{};
+  return normlab_units(&none, 9, 0) == 1 && normlab_rewrite(&nothing, 1) == 1 ? 0 : 4;
+}
+"""
+
+DRIVERS = {"normalize.cpp": NORMALIZE, "units.cpp": UNITS}
+
+
+@pytest.mark.parametrize("name", DRIVERS)
+def test_no_access_outside_of_what_was_given(name, tmp_path):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
     program, source = tmp_path / "driver", tmp_path / "driver.cpp"
     # The driver follows the kernels in one file, where their names are known.
-    source.write_text(f'#include "{SOURCE}"\n{DRIVER}')
+    source.write_text(f'#include "{FOLDER / name}"\n{ROOM}{DRIVERS[name]}')
     # Half-hearted optimization: -O0 would be slow to run, -O3 slow to build.
     flags = ["-std=c++17", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
              "-fsanitize=float-cast-overflow", "-fno-sanitize-recover=all"]  # fmt: skip

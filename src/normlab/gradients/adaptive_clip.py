@@ -67,6 +67,10 @@ class AdaptiveClip(PerUnit):
         super().__init__(keep(found, skip))
         self.clip, self.eps = clip, eps
 
+    def clipping(self) -> tuple[float, float]:
+        """λ and the least norm of weights."""
+        return self.clip, self.eps
+
     def rewrite_rows(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """Scale the rows that are too long."""
         norm = _norms(gradient)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normlab.gradients.transform import Transform
 from normlab.gradients.units import Owned
+from normlab.kernels import units as rows
 
 
 class PerUnit(Transform):
@@ -31,12 +32,17 @@ class PerUnit(Transform):
     def rewrite_rows(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """(units, members) of the gradient and of the parameter → the gradient's new rows."""
 
+    def clipping(self) -> tuple[float, float] | None:
+        """What compiled kernels are to do: clip by this λ and least norm; None to center."""
+        return None
+
     def rewrite(self, held: Set[int]) -> None:
         """Rewrite each gradient in place (a sparse one is replaced)."""
-        for o in self._chosen:
-            g, p = o.parameter.grad, o.parameter
-            if g is None or id(p) not in held:
-                continue
+        found = [(o, o.parameter.grad, o.parameter) for o in self._chosen]
+        there = [(o, g, p) for o, g, p in found if g is not None and id(p) in held]
+        items = [(g, p, o.units.runs(g)) for o, g, p in there]
+        for i in rows.rewrite(items, self.clipping()):
+            o, g, p = there[i]
             if g.is_sparse:
                 if o.units.axes == (0,) and g.sparse_dim() == 1:
                     p.grad = self._sparse(g.coalesce(), p)

@@ -45,6 +45,15 @@ class Units:
         moved = self._moved(x)
         return moved.reshape(prod(moved.shape[: len(self.axes)]), -1)
 
+    def runs(self, x: Tensor) -> int | None:
+        """How many units there are, where each is a run of a dense tensor's memory; else None."""
+        if self.groups > 1 or len(self.axes) > 1:
+            return None
+        if not self.axes:
+            return 1
+        units = x.shape[self.axes[0]]
+        return units if self.axes == (0,) or units == x.numel() else None
+
     def back(self, rows: Tensor, like: Tensor) -> Tensor:
         """Undo `rows`, to the shape of `like`."""
         moved = rows.reshape(self._moved(like).shape)

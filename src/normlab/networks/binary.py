@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .plan import check_choice, check_size
-from .signs import binarized, sign, sign_quadratic, standardized
+from .signs import binarized, effective, sign, sign_quadratic, standardized
 
 __all__ = [
     "LATENTS",
@@ -155,7 +155,7 @@ class ScaledStdConv2d(nn.Conv2d):
 
     def effective(self) -> Tensor:
         """The weight that the convolution uses, of ``weight``'s shape."""
-        return self.gain * standardized(self.weight)
+        return effective(self.weight, self.gain, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve."""
@@ -233,10 +233,11 @@ class BinaryConv2d(nn.Conv2d):
 
     def effective(self) -> Tensor:
         """The weight that the convolution uses, of ``weight``'s shape."""
-        weight = self.weight if self.gain is None else standardized(self.weight)
-        if self.binarize:
-            weight = binarized(weight, self.scale, self.zero)
-        return weight if self.gain is None else self.gain * weight
+        standardize = self.gain is not None
+        if not self.binarize and not standardize:
+            return self.weight
+        scale = self.scale if self.binarize else None
+        return effective(self.weight, self.gain, scale, self.zero, standardize=standardize)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve."""

@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normlab.kernels import units as rows
+from normlab.kernels.cpu.units import How
 from normlab.weights.scaled_standardization import scaled_deviation
 
 _EPS = 1e-5
@@ -81,11 +83,7 @@ def binarized(weight: Tensor, scale: str = "mean", zero: int = 1) -> Tensor:
         tensor([[ 1.0000, -1.0000],
                 [ 0.1250,  0.1250]])
     """
-    signs, inside = sign(weight, zero), weight.clamp(-1, 1)
-    if scale == "mean":
-        sizes = _wide(weight.detach()).abs()
-        signs = signs * sizes.mean(tuple(range(1, weight.ndim)), keepdim=True).to(weight.dtype)
-    return signs + (inside - inside.detach())
+    return effective(weight, None, scale, zero, standardize=False)
 
 
 def standardized(weight: Tensor, eps: float = _EPS) -> Tensor:
@@ -102,9 +100,59 @@ def standardized(weight: Tensor, eps: float = _EPS) -> Tensor:
         >>> standardized(torch.tensor([[1.0, 3.0, 1.0, 3.0]]))
         tensor([[-0.5000,  0.5000, -0.5000,  0.5000]])
     """
-    rows = _wide(weight).flatten(1)
-    mean, deviation = scaled_deviation(rows, eps, "outside")
-    return ((rows - mean) / deviation).view_as(weight).to(weight.dtype)
+    return effective(weight, None, None, eps=eps)
+
+
+def effective(
+    weight: Tensor,
+    gain: Tensor | None,
+    scale: str | None,
+    zero: int = 1,
+    *,
+    standardize: bool = True,
+    eps: float = _EPS,
+) -> Tensor:
+    """The weight that a layer uses: gain·Ŵ, or gain·mean|Ŵ|·sign(Ŵ), in one pass.
+
+    Args:
+        weight: W, filters in dim 0.
+        gain: One number a filter, (filters, 1, …), or None.
+        scale: Of the signs, see `binarized`; None for Ŵ itself.
+        zero: sign(0), 1 or 0.
+        standardize: Whether Ŵ is `standardized`, or W itself.
+        eps: Added to σ.
+
+    Returns:
+        A tensor of W's shape.
+
+    Example:
+        >>> effective(torch.tensor([[1.0, 2.0, 3.0, 6.0]]), None, "mean")
+        tensor([[-0.4009, -0.4009,  0.4009,  0.4009]])
+    """
+
+    def formula(weight: Tensor, gain: Tensor | None) -> Tensor:
+        used = _standardized(weight, eps) if standardize else weight
+        used = used if scale is None else _binarized(used, scale, zero)
+        return used if gain is None else gain * used
+
+    form = "outside" if standardize else "stored"
+    return rows.standardize(weight, gain, How(formula, eps, form, 1.0, scale, zero))
+
+
+def _binarized(weight: Tensor, scale: str, zero: int) -> Tensor:
+    """The formula of `binarized` in torch operations."""
+    signs, inside = sign(weight, zero), weight.clamp(-1, 1)
+    if scale == "mean":
+        sizes = _wide(weight.detach()).abs()
+        signs = signs * sizes.mean(tuple(range(1, weight.ndim)), keepdim=True).to(weight.dtype)
+    return signs + (inside - inside.detach())
+
+
+def _standardized(weight: Tensor, eps: float) -> Tensor:
+    """The formula of `standardized` in torch operations."""
+    filters = _wide(weight).flatten(1)
+    mean, deviation = scaled_deviation(filters, eps, "outside")
+    return ((filters - mean) / deviation).view_as(weight).to(weight.dtype)
 
 
 def _wide(weight: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from normlab.core.operation import Operation
 from normlab.kernels import reference as kernels
+from normlab.kernels import units as rows
+from normlab.kernels.cpu.units import How
 from normlab.weights import units
 
 
@@ -106,19 +108,31 @@ class Unitwise(Parametrization):
             self.need_two_inputs()
         self.register_parameter("gain", None if gain is None else nn.Parameter(gain))
 
-    def factor(self) -> Tensor | None:
+    def factor(self, gain: Tensor | None) -> Tensor | None:
         """Return the gain with its constant, or None where both are 1."""
-        if self.gain is None:
+        if gain is None:
             return None
-        gain = kernels.accumulated(self.gain)
+        gain = kernels.accumulated(gain)
         return gain if self.constant == 1 else gain * self.constant
 
     def compute(self, matrix: Tensor) -> Tensor:
         """Φ, then the gain."""
+        how = self.compiled()
+        return rows.standardize(matrix, self.gain, how) if how else self.formula(matrix, self.gain)
+
+    def compiled(self) -> How | None:
+        """What compiled kernels are to do; None where there are none for Φ."""
+        op = self.spec.operation
+        if not op.shift or op.p != 2 or op.about != "mean" or op.factor != 1:
+            return None
+        return How(self.formula, cast(float, op.eps), "inside", self.constant)
+
+    def formula(self, matrix: Tensor, gain: Tensor | None) -> Tensor:
+        """Φ, then the gain, in torch operations."""
         operation = self.spec.operation
         eps = cast(float, operation.eps)
         mean, moment, _ = kernels.moments(matrix, (1,), operation)
-        factor = self.factor()
+        factor = self.factor(gain)
         used = kernels.apply(matrix, mean, moment, factor, None, None, eps, None, self.spec)
         return used if factor is not None or self.constant == 1 else used * self.constant
 

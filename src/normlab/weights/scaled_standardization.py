@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normlab.core.card import Card
 from normlab.core.operation import Standardize
 from normlab.kernels import reference as kernels
+from normlab.kernels.cpu.units import How
 from normlab.weights.base import Unitwise, ones
 
 EpsForm = Literal["floor", "inside", "outside"]
@@ -64,10 +65,16 @@ class ScaledWeightStandardization(Unitwise):
         super().__init__(layer, Standardize(eps=self_eps), start, constant)
         self.eps, self.eps_form = self_eps, eps_form
 
-    def compute(self, matrix: Tensor) -> Tensor:
-        """The formula in the docstring."""
+    def compiled(self) -> How:
+        """What compiled kernels are to do."""
+        inside = self.eps_form == "inside"  # the kernels' has no √fan_in
+        constant = self.constant / math.sqrt(self.fan_in) if inside else self.constant
+        return How(self.formula, self.eps, self.eps_form, constant)
+
+    def formula(self, matrix: Tensor, gain: Tensor | None) -> Tensor:
+        """The formula in the docstring, in torch operations."""
         mean, deviation = scaled_deviation(matrix, self.eps, self.eps_form)
-        factor = self.factor()
+        factor = self.factor(gain)
         scale = self.constant / deviation if factor is None else factor / deviation
         return (matrix - mean) * scale
 

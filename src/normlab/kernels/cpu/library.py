@@ -81,6 +81,7 @@ def _open(path: Path) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes = (ctypes.POINTER(Call), ctypes.c_int)
         function.restype = ctypes.c_int
+    _ = library.normlab_units, library.normlab_rewrite
     return library
 
 
