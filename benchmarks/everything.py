@@ -4,7 +4,7 @@
     python benchmarks/everything.py --short    # `make bench-short`: two minutes, prints its tables
 
 Threads and allocator are fixed when a process starts, so each part is a process of its own: layers
-with one thread and with two, where there are two cores, and training steps.
+with one thread and with two, where there are two cores, training steps, and accuracy in bfloat16.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def parts(short: bool, out: Path, cores: int) -> list[list[str]]:
             for dtype in ("float32", "bfloat16")
             for layout in ("nchw", "channels_last")
         ]
+    lines.append(["accuracy.py"])
     return [[str(HERE / script), *words, "--out", str(out)] for script, *words in lines]
 
 

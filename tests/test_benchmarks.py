@@ -425,6 +425,36 @@ def test_steps_over_their_target_are_marked(monkeypatch):
     assert "Over the target, of 2: group." in text
 
 
+def test_accuracy_is_in_roundings(tmp_path, monkeypatch):
+    done = command("--methods", "rms", "batch", "--out", tmp_path, script="accuracy.py")
+    assert done.returncode == 0, done.stderr
+    (data,) = tmp_path.glob("*.json")
+    rows = json.loads(data.read_text())["rows"]
+    assert {(r["method"], r["layout"]) for r in rows} == {
+        ("rms", "nchw"), ("rms", "channels_last"), ("rms", "nlc"),
+        ("batch", "nchw"), ("batch", "channels_last"),
+    }  # fmt: skip
+    for r in rows:
+        # Nothing is exact, and nothing rounded more than once.
+        assert all(0.5 < v <= 1 for v in r["roundings"]["normlab"].values())
+    assert all(r["roundings"]["plain"]["dx"] > 1 for r in rows if r["method"] == "batch")
+    assert "| rms | nlc | 0." in done.stdout
+    assert "no row is called bacth" in command("--methods", "bacth", script="accuracy.py").stderr
+
+
+def test_roundings_are_those_of_bfloat16(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from _accuracy import roundings, worst
+
+    exact = torch.linspace(1, 2, 999, dtype=torch.float64)
+    assert 0.95 < roundings(exact.bfloat16(), exact) <= 1
+    assert roundings(exact.bfloat16() * 1.02, exact) > 5
+    assert roundings(torch.zeros(3), torch.zeros(3, dtype=torch.float64)) == 0
+    assert worst([None]) == "–"
+    errors = [{"y": 0.5, "dx": 12.0, "dweight": 0.2, "dbias": 1.5}, None, {"y": 0.7, "dx": 1.0}]
+    assert worst(errors) == "0.70 / **12** / **1.50**"
+
+
 def test_steps_of_no_such_case_are_refused(tmp_path):
     line = [sys.executable, BENCHMARKS / "steps.py", "--only", "agc", "--out", tmp_path]
     done = subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)

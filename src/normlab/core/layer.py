@@ -289,6 +289,8 @@ class Normalize(StoringLayer):
         step = self.num_batches_tracked.to(sigma.dtype)
         r, d = self.statistics.correction(given.mean, sigma, old[0], old[1], step)
         r, d = hold(r), hold(d)
+        if weight is not None:  # once: γ is used twice, and its gradient rounded after the sum
+            weight = weight.to(sigma.dtype)
         shift = d if weight is None else weight * d
         return (r if weight is None else weight * r), (shift if bias is None else bias + shift)
 

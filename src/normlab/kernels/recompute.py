@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from normlab.kernels import dispatch, reference
+from normlab.kernels.reference import accumulated
 
 Pull = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -25,6 +26,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.function, *tensors = inputs
+        ctx.dtype = output.dtype
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -34,6 +36,9 @@ class _Recomputed(torch.autograd.Function):
         saved = list(ctx.saved_tensors)  # once: activation checkpointing allows one reading
         at = [i for i, t in enumerate(saved) if t is not None and t.is_floating_point()]
         inputs = [saved[i] for i in at]
+        # Where f uses an argument several times, the parts of its gradient are added in float32
+        # before they are rounded: they may cancel.
+        wide = [accumulated(x) for x in inputs]
 
         def function(*values: Tensor) -> Tensor:
             given = list(saved)
@@ -41,8 +46,13 @@ class _Recomputed(torch.autograd.Function):
                 given[i] = value
             return cast(Tensor, ctx.function(*given))
 
-        output, pull, *_ = torch.func.vjp(function, *inputs)
-        return at, inputs, output, cast(Pull, pull)
+        output, pull, *_ = torch.func.vjp(function, *wide)
+
+        def rounded(gradient: Tensor) -> tuple[Tensor, ...]:
+            parts = cast(Pull, pull)(gradient.to(output.dtype))
+            return tuple(part.to(x.dtype) for part, x in zip(parts, inputs, strict=True))
+
+        return at, inputs, output, rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -59,7 +69,7 @@ class _Recomputed(torch.autograd.Function):
         t = [tangents[1 + i] for i in at]
         t = [torch.zeros_like(x) if d is None else d for x, d in zip(inputs, t, strict=True)]
         push = cast(Any, torch.func.vjp(pull, torch.zeros_like(output)))[1]
-        return cast(Tensor, push(tuple(t))[0])
+        return cast(Tensor, push(tuple(t))[0]).to(ctx.dtype)
 
 
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:

@@ -1,0 +1,113 @@
+"""Layers in bfloat16 against float64: every result is that of one rounding."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import normlab as nl
+
+# bfloat16 has 8 significant bits, so rounding to the nearest changes a number by at most 2⁻⁸ of it.
+ROUNDING = 2.0**-8
+# Inside, numbers are float32. Where the terms of a sum cancel, what is left may be wrong by the
+# terms' last digits, about 2⁻²³ of the largest, some of them added up: 2⁻¹⁶ of the largest element
+# of the tensor is allowed for that, a 256th of that element's rounding.
+CANCELLED = 2.0**-16
+
+METHODS = [
+    ("batch", {}), ("batch", {"activation": "relu"}), ("batch", {"activation": "silu"}),
+    ("batch_renorm", {"rmax": 1.5, "dmax": 0.5}), ("ghost_batch", {"batch_size": 3}),
+    ("instance", {}), ("instance", {"activation": "tlu"}), ("layer", {}), ("group", {"groups": 2}),
+    ("group", {"groups": 2, "activation": "silu"}), ("position", {}),
+    ("rms", {}), ("rms", {"over": "position"}), ("variance", {}), ("mean_only_batch", {}),
+    ("filter_response", {"learned_eps": True}), ("filter_response", {"activation": None}),
+    ("l1_batch", {}), ("lp_batch", {"p": 3.0}), ("switchable", {}),
+    ("evonorm_s0", {"groups": 2}), ("evonorm_b0", {}),
+]  # fmt: skip
+SHAPES = [(6, 10, 7, 5), (12, 64, 6, 6), (6, 2, 40, 33), (6, 34, 3)]
+
+
+def units(found, exact):
+    """The largest error, in what one rounding of the element and float32's cancellation allow."""
+    unit = ROUNDING * exact.abs() + CANCELLED * exact.abs().max()
+    return float(((found.double() - exact).abs() / unit).max())
+
+
+def results(layer, x, dy, backend="auto"):
+    """y and all gradients, by name."""
+    layer, x = copy.deepcopy(layer).train(), x.detach().requires_grad_()
+    named = dict(layer.named_parameters())
+    with nl.kernels.backend(backend):
+        y = layer(x)
+        grads = torch.autograd.grad(y, [x, *named.values()], dy)
+    return {"y": y.detach(), "x": grads[0], **dict(zip(named, grads[1:], strict=True))}
+
+
+def problem(name, options, shape, channel_dim=1):
+    """A layer in bfloat16, its input and a gradient of its output."""
+    generator = torch.Generator().manual_seed(5)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator)
+
+    layer = nl.norm(name, shape[1], channel_dim=channel_dim, **options)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.3 * noise(*p.shape))
+    x, dy = (
+        noise(*shape) * (1 + noise(shape[0], *[1] * (len(shape) - 1)).abs()) + 0.5,
+        noise(*shape),
+    )
+    return layer.bfloat16(), x.bfloat16(), dy.bfloat16()
+
+
+def arranged(t, order):
+    """In another order of memory; for "last" also with channels as the last axis."""
+    if order == "first":
+        return t
+    t = t.movedim(1, -1).contiguous()
+    return t if order == "last" else t.movedim(-1, 1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("order", ["first", "columns", "last"])
+@pytest.mark.parametrize(("name", "options"), METHODS)
+def test_results_are_rounded_once(name, options, order, backend):
+    for shape in SHAPES:
+        layer, x, dy = problem(name, options, shape, -1 if order == "last" else 1)
+        x, dy = arranged(x, order), arranged(dy, order)
+        exact = results(copy.deepcopy(layer).double(), x.double(), dy.double(), "reference")
+        found = results(layer, x, dy, backend)
+        for key, value in exact.items():
+            assert found[key].dtype == torch.bfloat16
+            assert units(found[key], value) <= 1, (key, shape)
+
+
+def test_sums_that_cancel_are_rounded_once():
+    """The gradient of the input is a difference of large numbers where dy hardly varies."""
+    for name in ("batch", "instance", "layer", "group"):
+        layer, x, dy = problem(name, {}, (8, 16, 9, 9))
+        dy = (dy * 2.0**-4 + 1).bfloat16()
+        exact = results(copy.deepcopy(layer).double(), x.double(), dy.double(), "reference")
+        found = results(layer, x, dy)
+        assert all(units(found[key], value) <= 1 for key, value in exact.items()), name
+
+
+def test_torch_operations_in_bfloat16_are_not():
+    """What is rounded at every step is far over the bound, which is thus no loose one."""
+    for name, options, native in (
+        ("batch", {}, None), ("filter_response", {}, None), ("layer", {}, nn.GroupNorm(1, 10)),
+    ):  # fmt: skip
+        layer, x, dy = problem(name, options, SHAPES[0])
+        exact = results(copy.deepcopy(layer).double(), x.double(), dy.double(), "reference")
+        x = x.requires_grad_()
+        if native is None:
+            parameters = {n: p.detach() for n, p in layer.named_parameters()}
+            y = nl.catalogue("activation")[name].reference(x, parameters)
+        else:
+            native = native.bfloat16()
+            native.load_state_dict(layer.state_dict())
+            y = native(x)
+        (gradient,) = torch.autograd.grad(y, x, dy)
+        assert units(gradient, exact["x"]) > 5, name
