@@ -26,7 +26,7 @@ lint: $(VENV)/.lint
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
 
-# The whole takes an hour or two, and goes on where it was interrupted; the short form two minutes.
+# All takes two or three hours and goes on where it was interrupted; the short form takes minutes.
 bench bench-short: $(VENV)/.lab
 	$(BIN)/python benchmarks/everything.py $(if $(SHORT)$(filter bench-short,$@),--short)
 

@@ -23,6 +23,7 @@ from _cases import Build
 from _cells import Cell, Place
 
 ROTATION = 160e6  # bytes; several times the largest common last-level cache
+ENOUGH = 10.0  # seconds: rounds of a cell end after them, but not before the third
 BOTH = 2.5  # copies in forward and backward: read x, write y; read x and dy, write dx
 
 
@@ -152,16 +153,18 @@ def measure(cell: Cell, inputs: Inputs, rounds: int) -> list[dict[str, Any]]:
     """Measure a cell: one row for each variant."""
     variants = [prepared(n, build, cell.place, inputs) for n, build in cell.variants.items()]
     copies: list[float] = []
+    done, begun = 0, time.perf_counter()
     gc.collect()
     gc.disable()  # a collection in the middle of a measurement is noise
     try:
-        for turn in range(rounds):
-            shift = turn % len(variants)  # no variant always comes after the same one
+        while done < rounds and (done < 3 or time.perf_counter() - begun < ENOUGH):
+            shift = done % len(variants)  # no variant always comes after the same one
             for v in variants[shift:] + variants[:shift]:
                 attempt(v, partial(one_round, v, inputs, copies))
+            done += 1
     finally:
         gc.enable()
-    return [row(cell, v, copies, rounds) for v in variants]
+    return [row(cell, v, copies, done) for v in variants]
 
 
 def one_round(variant: Variant, inputs: Inputs, copies: list[float]) -> None:

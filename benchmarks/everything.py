@@ -1,6 +1,6 @@
 """Runs the benchmarks one after the other, and goes on where an earlier run was interrupted.
 
-    python benchmarks/everything.py            # `make bench`: an hour or two, into records/
+    python benchmarks/everything.py            # `make bench`: two or three hours, into records/
     python benchmarks/everything.py --short    # `make bench-short`: two minutes, prints its tables
 
 Threads and allocator are fixed when a process starts, so each part is a process of its own: layers
@@ -35,7 +35,9 @@ def parts(short: bool, out: Path, cores: int) -> list[list[str]]:
         lines.append(["steps.py", *SHORT_STEPS, "--rounds", "3"])
     else:
         every = ["--shapes", "A", "B", "C", "D", "--compile", "--resume"]
-        lines = [["layers.py", *every, "--threads", n] for n in counts]
+        # Of the other methods one thread tells enough.
+        lines = [["layers.py", *every, *["--targets"] * (n != "1"), "--threads", n]
+                 for n in counts]  # fmt: skip
         lines += [
             ["steps.py", "--dtype", dtype, "--layout", layout, "--threads", n, "--resume"]
             for n in counts

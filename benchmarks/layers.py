@@ -47,11 +47,14 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--methods", nargs="+", metavar="NAME", help="rows: names of the catalogue; all")
+    p.add_argument(
+        "--targets", action="store_true", help="only rows that --compile takes by itself"
+    )
     p.add_argument("--shapes", nargs="+", choices=SHAPES, default=list("ABD"), help="A B D")
     p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="both")
     p.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="both")
     p.add_argument(
-        "--compile", nargs="*", metavar="NAME", help="also torch.compile; those with a target"
+        "--compile", nargs="*", metavar="NAME", help="also torch.compile; of those with a target"
     )
     p.add_argument("--compile-shapes", nargs="+", choices=SHAPES, help="where to compile; all")
     p.add_argument("--no-native", action="store_true", help="leave torch's own layers out")
@@ -78,8 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.rounds = options.rounds or (2 if options.tiny else 15)
     settle(options.threads)
     # Only now: loading torch reads the settings.
+    from _cases import COMPILED
     from _run import run, unknown_methods
 
+    if options.targets and options.methods is None:
+        options.methods = list(COMPILED)
     unknown = unknown_methods([*(options.methods or []), *(options.compile or [])])
     if unknown:
         command.error(f"the catalogue has no {', '.join(unknown)}")

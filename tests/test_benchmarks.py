@@ -156,6 +156,14 @@ def test_a_failing_variant_is_recorded_and_the_others_go_on(modules):
     assert "| batch | ≤ 2.0 | normlab | failed |" in table
 
 
+def test_slow_cells_have_fewer_rounds(modules, monkeypatch):
+    monkeypatch.setattr(modules.timing, "ENOUGH", 0.0)
+    cell = cell_of(modules, normlab=nn.Identity)
+    inputs = modules.timing.Inputs(cell.place, 0)
+    assert modules.timing.measure(cell, inputs, rounds=9)[0]["rounds"] == 3
+    assert modules.timing.measure(cell, inputs, rounds=2)[0]["rounds"] == 2
+
+
 def test_saved_bytes_count_the_input_once(modules):
     place = modules.cells.Place("A", (2, 4, 8, 8), "float32", "nchw")
     x = modules.timing.Inputs(place, 0).next()[0]
