@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -37,6 +38,11 @@ def roundings(found: Tensor, exact: Tensor) -> float:
     return float(((found.double() - exact).abs() / unit).max()) if exact.any() else 0.0
 
 
+def of_largest(found: Tensor, exact: Tensor) -> float:
+    """The largest error of an element, as a share of the largest element."""
+    return float((found.double() - exact).abs().max() / exact.abs().max()) if exact.any() else 0.0
+
+
 def results(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor,
             parameters: Mapping[str, Tensor]) -> Results:  # fmt: skip
     """y and the gradients, by name."""
@@ -68,10 +74,12 @@ def run_plain(case: Case, place: Place, layer: nn.Module, x: Tensor, dy: Tensor)
     if case.options or place.last:
         return None
     parameters = {n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters()}
-    try:
-        return results(lambda t: case.card.reference(t, parameters), x, dy, parameters)
-    except (KeyError, TypeError, RuntimeError):  # it needs options, or more of the layer
+    taken = inspect.signature(case.card.reference).parameters.values()
+    needed = [p.name for p in taken if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if not all(hasattr(layer, name) for name in needed):
         return None
+    options = {name: getattr(layer, name) for name in needed}
+    return results(lambda t: case.card.reference(t, parameters, **options), x, dy, parameters)
 
 
 def run_native(case: Case, place: Place, layer: nn.Module, x: Tensor, dy: Tensor) -> Results | None:
@@ -107,6 +115,10 @@ def check(case: Case, place: Place) -> dict[str, Any]:
             variant: {name: roundings(found[name], exact[name]) for name in exact}
             for variant, found in runs.items() if found is not None
         },
+        "gradients": {
+            variant: max(of_largest(found[name], exact[name]) for name in exact if name != "y")
+            for variant, found in runs.items() if found is not None
+        },
     }  # fmt: skip
 
 
@@ -120,20 +132,24 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     )
     for (method, layout), same in groups:
         found = list(same)
-        cells = [worst([r["roundings"].get(v) for r in found]) for v in variants]
+        cells = []
+        for v in variants:
+            known = [r for r in found if v in r["roundings"]]
+            share = max((r["gradients"][v] for r in known), default=0.0)
+            shown = worst([r["roundings"][v] for r in known])
+            cells.append(f"{shown}, {share:.1%}" if known else shown)
         lines.append(f"| {method} | {layout} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def worst(errors: list[dict[str, float] | None]) -> str:
+def worst(errors: list[dict[str, float]]) -> str:
     """The largest of several places: y / dx / parameters, what is over 1 in bold."""
-    known = [e for e in errors if e is not None]
-    if not known:
+    if not errors:
         return "–"
     parts = [
-        max(e["y"] for e in known),
-        max(e["dx"] for e in known),
-        max((v for e in known for k, v in e.items() if k not in ("y", "dx")), default=0.0),
+        max(e["y"] for e in errors),
+        max(e["dx"] for e in errors),
+        max((v for e in errors for k, v in e.items() if k not in ("y", "dx")), default=0.0),
     ]
     shown = [f"{v:.2f}" if v < 10 else f"{v:.0f}" for v in parts]
     return " / ".join(f"**{s}**" if v > 1 else s for s, v in zip(shown, parts, strict=True))

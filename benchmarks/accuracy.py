@@ -18,9 +18,10 @@ from layers import RECORDS, settle
 
 LEGEND = """\
 The largest error of an element, in units of its rounding to bfloat16: of y / of the gradient of the
-input / of that of the worst parameter; more than 1 is **bold**. Parameters in bfloat16. *normlab*
-is the layer, *operations* the same without compiled kernels, *native* torch's own layer, and
-*plain* the formula in torch operations as one would write it, in bfloat16 throughout."""
+input / of that of the worst parameter; more than 1 is **bold**. Then the largest error of a
+gradient as a share of its largest element. Parameters in bfloat16. *normlab* is the layer,
+*operations* the same without compiled kernels, *native* torch's own layer, and *plain* the formula
+in torch operations as one would write it, in bfloat16 throughout."""
 
 
 def main() -> int:

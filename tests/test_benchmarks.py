@@ -458,8 +458,8 @@ def test_roundings_are_those_of_bfloat16(monkeypatch):
     assert 0.95 < roundings(exact.bfloat16(), exact) <= 1
     assert roundings(exact.bfloat16() * 1.02, exact) > 5
     assert roundings(torch.zeros(3), torch.zeros(3, dtype=torch.float64)) == 0
-    assert worst([None]) == "–"
-    errors = [{"y": 0.5, "dx": 12.0, "dweight": 0.2, "dbias": 1.5}, None, {"y": 0.7, "dx": 1.0}]
+    assert worst([]) == "–"
+    errors = [{"y": 0.5, "dx": 12.0, "dweight": 0.2, "dbias": 1.5}, {"y": 0.7, "dx": 1.0}]
     assert worst(errors) == "0.70 / **12** / **1.50**"
 
 
