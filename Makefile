@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # One thread a process: small networks train several times faster so.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint docs bench bench-short clean
+.PHONY: demo test test-triton lint docs bench bench-short clean
 
 demo: $(VENV)/.lab
 	$(BIN)/normlab compare --out demo --title "Normalizers compared on Fashion-MNIST" \
@@ -17,6 +17,15 @@ demo: $(VENV)/.lab
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# Kernels for GPUs, under Triton's interpreter and compiled ahead; Triton is a gigabyte, and stands
+# apart, so that all else is tested without it.
+test-triton: $(VENV)/.test $(VENV)/triton/.installed
+	PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest tests/kernels/test_triton.py
+
+$(VENV)/triton/.installed: constraints.txt | $(BIN)/python
+	$(PIP) --upgrade --no-deps --target $(VENV)/triton triton
+	@touch $@
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ EXTRAS = {
     "lab": (
         "tyro", "rich", "jinja2", "scipy", "altair", "vl-convert-python", "pillow", "filelock",
     ),
+    "triton": ("triton",),
     "export": ("onnx", "onnxscript", "onnxruntime"),
 }  # fmt: skip
 
@@ -149,8 +150,15 @@ def _gpu(advice: dict[str, str]) -> dict[str, Any]:
     available = torch.cuda.is_available()
     if torch.version.cuda and not available:
         advice["gpu_support"] = "torch is built for CUDA, but finds no device: see nvidia-smi"
+    from normlab.kernels.triton import call
+
     triton = (_version("triton") or "present") if find_spec("triton") else None
-    return {"cuda": torch.version.cuda, "in_reach": available, "triton": triton}
+    if available and triton is None:
+        advice["gpu_support"] = call.reason()
+    return {
+        "cuda": torch.version.cuda, "in_reach": available, "triton": triton,
+        "kernels": call.reason(),
+    }  # fmt: skip
 
 
 def _version(package: str) -> str | None:

@@ -12,16 +12,19 @@ from normlab.core.operation import Operation
 from normlab.core.partition import Layout
 from normlab.kernels import closed_form, reference
 from normlab.kernels.cpu import call, library
+from normlab.kernels.triton import call as gpu
 
 # Families of compiled kernels, asked in this order. Each has the functions `supports`, `normalize`
 # and `moments` of `normlab.kernels.cpu.call`.
 FAMILIES: tuple[ModuleType, ...] = (call,)
+_GPU: tuple[ModuleType, ...] = (gpu,)
 
 _BACKENDS: dict[str, ModuleType] = {
     "auto": closed_form,
     "reference": reference,
     "torch": closed_form,
     "cpu": closed_form,
+    "triton": closed_form,
 }
 _current = "auto"
 
@@ -33,7 +36,8 @@ class backend:
         name: ``"auto"`` for the fastest one present: compiled kernels where they cover the case,
             else torch operations with gradients in closed form, saving the input once.
             ``"torch"`` for the latter alone; ``"reference"`` for plain differentiable torch
-            operations; ``"cpu"`` as ``"auto"``, but an error where no kernels were built.
+            operations; ``"cpu"`` and ``"triton"`` as ``"auto"``, but an error where no kernels were
+            built, or where there is no Triton with a GPU.
 
     Raises:
         ValueError: If this installation has no such backend.
@@ -54,6 +58,8 @@ class backend:
             )
         if name == "cpu" and compiled_kernels() is None:
             raise ValueError(f"backend 'cpu' is not part of this installation: {reason()}")
+        if name == "triton" and not gpu.available():
+            raise ValueError(f"backend 'triton' is not part of this installation: {gpu.reason()}")
         self._previous, _current = _current, name
 
     def __enter__(self) -> backend:
@@ -81,9 +87,12 @@ def reason() -> str:
 
 def compiled() -> tuple[ModuleType, ...]:
     """Return the families of compiled kernels where they are wanted and present, and not traced."""
-    if _current not in ("auto", "cpu") or torch.compiler.is_compiling():
+    if _current in ("torch", "reference") or torch.compiler.is_compiling():
         return ()
-    return FAMILIES if library.load()[0] is not None else ()
+    built = FAMILIES if library.load()[0] is not None else ()
+    if _current == "triton":
+        return _GPU + built
+    return built if gpu.interpreted() else built + _GPU
 
 
 def kernels_for(

@@ -20,7 +20,8 @@ from normlab.kernels.reference import Moments, Spec
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 # The dtype of statistics, and of parameters inside the kernels.
-WIDE = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
+WIDE = dict.fromkeys([torch.float32, torch.bfloat16, torch.float16], torch.float32)
+WIDE[torch.float64] = torch.float64
 _TYPES = (Tensor, torch.nn.Parameter)
 
 Parameters = tuple[Tensor | None, ...]
@@ -35,7 +36,8 @@ class Job:
         spec: Axes, operation and activation of the split view.
         from_batch: Whether statistics are those of x itself.
         shape: Of statistics, which broadcast against the split view.
-        family: The module of kernels, with functions `place`, `forward` and `backward`.
+        family: The module of kernels, with functions `place`, `forward` and `backward`; these get a
+            learned ε as a tensor if its READS_EPS is true, else as a number.
         records: What the family keeps for each order of memory.
     """
 
@@ -139,7 +141,7 @@ class _Normalize(torch.autograd.Function):
         bias: Tensor | None,
         threshold: Tensor | None,
         eps: Tensor | None,
-        call: tuple[Job, float, list[Tensor | None]],
+        call: tuple[Job, Tensor | float, list[Tensor | None]],
     ) -> Tensor:
         job, number, given = call
         y: Tensor
@@ -173,7 +175,7 @@ def differentiable(
     needs: Sequence[bool],
     dy: Tensor,
     given: Parameters,
-    number: float,
+    number: Tensor | float,
     mean: Tensor | None,
     moment: Tensor | None,
 ) -> Gradients:
@@ -206,7 +208,7 @@ def differentiable(
 
 
 def _by_operations(
-    job: Job, inputs: Parameters, number: float, mean: Tensor | None, moment: Tensor | None
+    job: Job, inputs: Parameters, number: Tensor | float, mean: Tensor | None, moment: Tensor | None
 ) -> Tensor:
     """The same function in torch operations."""
     x, weight, bias, threshold, eps = inputs
@@ -252,7 +254,9 @@ def normalize(
     Returns:
         y, in the dtype and memory order of x, and the statistics used.
     """
-    learned, number = (eps, eps.item()) if isinstance(eps, Tensor) else (None, eps)
+    learned, number = (eps, eps.detach()) if isinstance(eps, Tensor) else (None, eps)
+    if isinstance(number, Tensor) and not getattr(family, "READS_EPS", False):
+        number = number.item()
     job = job_of(layout, spec, from_batch, family)
     # Copied out here, where autograd sees it: what is saved must have x as its history.
     x = family.place(job, x)
