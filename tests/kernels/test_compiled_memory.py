@@ -126,7 +126,49 @@ int main() {
 }
 """
 
-DRIVERS = {"normalize.cpp": NORMALIZE, "units.cpp": UNITS}
+MAPS = """
+template <class T, class R> int once(std::mt19937 &r, int dtype) {
+  auto pick = [&](std::initializer_list<i64> from) { return from.begin()[r() % from.size()]; };
+  Maps m{};
+  i64 bc = pick({1, 2, 5, 17});
+  m.n = pick({1, 2, 3, 5, 70}), m.groups = pick({1, 2, 3, 7}), m.c = m.groups * bc;
+  m.p = pick({1, 1, 2, 3, 7, 15, 16, 17, 49, 64, 131, 400});
+  if (r() % 40 == 0) m.p = 9000, m.n = 1;
+  m.columns = r() % 2, m.curve = r() % 3;
+  i64 pad = r() % 3 * 2, row = (m.columns ? m.c : m.p) + pad, maps = m.n * m.c;
+  m.xn = m.gn = m.yn = row * (m.columns ? m.p : m.c);
+  m.xc = m.gc = m.yc = m.columns ? 1 : row, m.xp = m.gp = m.yp = m.columns ? row : 1;
+  i64 all = m.n * m.xn - pad, k = m.curve == 0 ? 2 : m.curve == 1 ? 3 : 5;
+  T *x = room<T>(r, all), *dy = room<T>(r, all), *y = room<T>(r, all), *dx = room<T>(r, all);
+  R *mean = room<R>(r, maps), *a = room<R>(r, maps), *b = room<R>(r, maps);
+  R *v = room<R>(r, maps), *d = room<R>(r, maps, true), *s = room<R>(r, maps, true);
+  R *in = room<R>(r, maps), *h = room<R>(r, maps), *sums = room<R>(r, k * maps);
+  m.x = x, m.dy = dy, m.mean = mean, m.a = a, m.b = b;
+  if (k > 2) m.v = v;
+  if (k > 3) m.d = d, m.s = s;
+  int failed = 0;
+  m.out = y, failed |= normlab_maps(&m, 0, dtype), m.out = nullptr;
+  m.sums = sums, failed |= normlab_maps(&m, 1, dtype), m.sums = nullptr;
+  m.out = dx, m.k = in, m.h = h, failed |= normlab_maps(&m, 2, dtype);
+  m.sums = sums, failed |= normlab_maps(&m, 3, dtype);
+  for (void *p : {(void *)x, (void *)dy, (void *)y, (void *)dx, (void *)mean, (void *)a, (void *)b,
+                  (void *)v, (void *)d, (void *)s, (void *)in, (void *)h, (void *)sums})
+    std::free(p);
+  return failed;
+}
+
+int main() {
+  std::mt19937 r(1);
+  float nan = std::nanf(""), bad[] = {nan, INFINITY, -INFINITY, -3e38f, 3e38f, 0.0f, -0.0f};
+  for (float u : bad) std::printf("%g ", double(decay(u)));
+  for (int i = 0; i < 250; i++)
+    if (once<float, float>(r, 0) | once<double, double>(r, 1) | once<bf16, float>(r, 2)) return 3;
+  Maps none{};
+  return normlab_maps(&none, 0, 9) == 1 && normlab_maps(&none, 9, 0) == 1 ? 0 : 4;
+}
+"""
+
+DRIVERS = {"normalize.cpp": NORMALIZE, "units.cpp": UNITS, "maps.cpp": MAPS}
 
 
 @pytest.mark.parametrize("name", DRIVERS)

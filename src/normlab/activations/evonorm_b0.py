@@ -22,6 +22,7 @@ from normlab.core.operation import Scale
 from normlab.core.partition import Layout, partition
 from normlab.core.statistics import Current, Running
 from normlab.core.stored import StoringLayer
+from normlab.kernels.cpu import maps
 from normlab.kernels.hold import hold
 from normlab.kernels.recompute import recomputed
 from normlab.kernels.reference import Moments, accumulated, deviation, masked, moments
@@ -97,6 +98,8 @@ class EvoNormB0(StoringLayer):
         if x.numel() == 0:  # nothing to average; parameters stay in the graph, with gradient 0
             return x + 0 * sum((p.sum() for p in self.parameters()), x.new_zeros(()))
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim)
+        if self.v is not None and maps.supports(x, (self.weight, self.bias, self.v), mask):
+            return self._compiled(x, layout, self.v)
         where = None if mask is None else layout.per_position(mask)
         stored = self._batch(x, where, layout) if self.v is not None else None
         weight, bias, v = (
@@ -120,16 +123,47 @@ class EvoNormB0(StoringLayer):
 
         return recomputed(formula, x, v, weight, bias, stored, where)
 
+    def _compiled(self, x: Tensor, layout: Layout, v: Tensor) -> Tensor:
+        """The same by compiled kernels, which measure maps; σ²_c follows from these."""
+        stored = self._stored(layout)
+        stored = None if stored is None else stored.reshape(1, -1)
+        self._check(layout)
+        operation, eps, bessel = self.operation, float(self.eps), self.bessel
+        own = maps.MAPS.bind(x.shape, channel_dim=self.channel_dim)
+
+        def middle(
+            mean: Tensor, variance: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None
+        ) -> tuple[Tensor, ...]:
+            moment = maps.merged(mean, variance, 0)[1] if stored is None else stored
+            a = v.new_ones(()) if weight is None else weight
+            b = v.new_zeros(()) if bias is None else bias
+            spread_own = spread(Moments(None, variance, own.members), operation, eps, bessel)
+            return a, b, v, deviation(moment, operation, eps), spread_own
+
+        y, mean, variance = maps.fused("larger", x, own, middle, v, self.weight, self.bias)
+        if self._measures:
+            mean, moment = (layout.from_stored(t[0]) for t in maps.merged(mean, variance, 0))
+            self._maybe_update([(layout, Moments(mean, moment, layout.members))])
+        return y
+
+    def _stored(self, layout: Layout) -> Tensor | None:
+        """The stored variance where it is to be used, as it is before this forward pass."""
+        if not self._uses_stored:
+            return None
+        moment = self._from_stored(layout, self.eps)[0].moment
+        assert moment is not None
+        return hold(moment) if self._measures else moment
+
+    def _check(self, layout: Layout) -> None:
+        """Refuse a batch that has no variance."""
+        if self._measures and layout.members == 1:
+            refuse_single(self, layout.shape, "evonorm_s0, group", "their variance is 0")
+
     def _batch(self, x: Tensor, mask: Tensor | None, layout: Layout) -> Tensor | None:
         """Update the stored variance as told; return it where it is to be used."""
-        stored = None
-        if self._uses_stored:  # from before the update below
-            moment = self._from_stored(layout, self.eps)[0].moment
-            assert moment is not None
-            stored = hold(moment) if self._measures else moment
+        stored = self._stored(layout)
+        self._check(layout)
         if self._measures:
-            if layout.members == 1:
-                refuse_single(self, layout.shape, "evonorm_s0, group", "their variance is 0")
             with torch.no_grad():
                 given: Moments = moments(x.detach(), layout.member_dims, self.operation, mask)
             self._maybe_update([(layout, given)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from normlab.core.card import Card
 from normlab.core.checks import check_channels, check_input
 from normlab.core.operation import Operation, Scale
 from normlab.core.partition import partition
+from normlab.kernels.cpu import maps
 from normlab.kernels.recompute import recomputed
 from normlab.kernels.reference import Moments, accumulated, deviation, masked, moments
 
@@ -106,6 +107,12 @@ class EvoNormS0(nn.Module):
             None if p is None else layout.per_channel(p) for p in (self.weight, self.bias, self.v)
         )
         dims, operation, eps, bessel = layout.member_dims, self.operation, self.eps, self.bessel
+        if self.v is not None and maps.supports(x, (self.weight, self.bias, self.v), mask):
+            middle = _Groups(layout.members, operation, eps, bessel)
+            return maps.fused(
+                "gated", x, layout, middle.coefficients, self.v, self.weight, self.bias,
+                groups=self.groups, local=middle.through,
+            )[0]  # fmt: skip
 
         def formula(
             x: Tensor, v: Tensor | None, weight: Tensor | None, bias: Tensor | None,
@@ -123,6 +130,37 @@ class EvoNormS0(nn.Module):
         """Print the pattern in force and the options."""
         shown = f"{self.num_channels}, {self.partition}, groups={self.groups}, eps={self.eps}"
         return shown + options_shown(self)
+
+
+class _Groups(NamedTuple):
+    """What the compiled kernels need of a layer; μ and σ² are those of the groups."""
+
+    members: int
+    operation: Operation
+    eps: float
+    bessel: bool
+
+    def deviation(self, variance: Tensor) -> Tensor:
+        """√(σ² + ε) of each group."""
+        return spread(Moments(None, variance, self.members), self.operation, self.eps, self.bessel)
+
+    def coefficients(
+        self, mean: Tensor, variance: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """γ/√(σ² + ε), β and v."""
+        scale = self.deviation(variance).reciprocal().unsqueeze(2)
+        shape, groups = (len(mean), len(v)), (variance.shape[1], -1)
+        weight = v.new_ones(()).expand_as(v) if weight is None else weight
+        scale = (scale * weight.view(groups)).view(shape)
+        return scale, v.new_zeros(()) if bias is None else bias, v
+
+    def through(self, mean: Tensor, variance: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """k and h of `maps.Job`: ∂a/∂σ² = −a/2(σ² + ε), and ∂σ²/∂x = 2(x − μ)/m."""
+        size = max(self.members - 1, 1) if self.bessel else self.members
+        rate = -1 / (size * self.deviation(variance).square())
+        parts = a.view(*variance.shape, -1)
+        k, h = parts * rate.unsqueeze(2), mean.unsqueeze(2).expand_as(parts)
+        return k.view_as(a), h.reshape(a.shape)
 
 
 def check_activation(activation: str | None) -> None:

@@ -15,6 +15,7 @@
 #include <omp.h>
 #else
 static int omp_get_max_threads() { return 1; }
+static int omp_get_thread_num() { return 0; }
 #endif
 
 namespace {

@@ -81,7 +81,7 @@ def _open(path: Path) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes = (ctypes.POINTER(Call), ctypes.c_int)
         function.restype = ctypes.c_int
-    _ = library.normlab_units, library.normlab_rewrite
+    _ = library.normlab_units, library.normlab_rewrite, library.normlab_maps
     return library
 
 

@@ -1,0 +1,306 @@
+"""Layers as one curve for each map, between differentiable functions of moments.
+
+A map is a sample's channel with all its positions. Where all statistics of a layer follow from the
+means and variances of areas that are maps, or groups of them, it is
+
+    moments → a function of a few N × C numbers → y = f(x; its results),
+
+of which the ends, which pass over x, are compiled, and the middle is a few torch operations. The
+backward pass sums the gradients of f's coefficients over each map, pulls these back through the
+middle to the moments and the parameters, and writes
+
+    ∂L/∂x = ∂L/∂y · f'(x) + (x − μ) · 2·∂L/∂σ²/m + ∂L/∂μ/m.
+
+Nothing but x and the moments is saved.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normlab.core.operation import Standardize
+from normlab.core.partition import Layout, partition
+from normlab.kernels import dispatch, reference
+from normlab.kernels.cpu import call, function, library
+
+Curve = Literal["line", "gated", "larger"]
+_APPLY, _SUMS, _GRADIENT, _LOCAL = range(4)  # as the C++ enumerates its passes
+_CURVES: dict[Curve, tuple[int, tuple[str, ...]]] = {
+    "line": (0, ("a", "b")),
+    "gated": (1, ("a", "b", "v")),
+    "larger": (2, ("a", "b", "v", "d", "s")),
+}
+MAPS = partition("n c * -> (n c) (*)")
+_MOMENTS = Standardize(eps=0.0)
+
+Middle = Callable[..., Sequence[Tensor]]
+"""(μ, σ², *parameters) → coefficients, (N, C) or broadcast to it; μ and σ² are (N, areas)."""
+Local = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(μ, σ², a) → k and h, each (N, C) or broadcast to it."""
+
+
+class Job(NamedTuple):
+    """What both directions need beside their tensors.
+
+    Attributes:
+        curve: ``"line"``: (x − μ)·a + b; ``"gated"``: x·sigmoid(v·x)·a + b; ``"larger"``:
+            x/max(d, v·x + s)·a + b.
+        layout: Areas of the moments: blocks of the channels of one sample; maps for a ``"line"``.
+        middle: What gives the coefficients in the order a, b, v, d, s.
+        groups: Where what flows through the moments of a map stays in its sample and its group of
+            channels there: the number of groups, else 0.
+        local: In this case, what gives k and h: through a, and no other coefficient, flows
+            (x − h)·Σk·∂L/∂a, summed over the group. One pass then does for sums and ∂L/∂x.
+    """
+
+    curve: Curve
+    layout: Layout
+    middle: Middle
+    groups: int = 0
+    local: Local | None = None
+
+
+class _Call(ctypes.Structure):
+    """Arguments of a pass; kept in step with `struct Maps` of maps.cpp."""
+
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in (
+            "n", "c", "p", "xn", "xc", "xp", "gn", "gc", "gp", "yn", "yc", "yp", "columns", "curve",
+            "groups",
+        )],
+        *[(name, ctypes.c_void_p) for name in (
+            "x", "dy", "mean", "k", "h", "a", "b", "v", "d", "s", "out", "sums",
+        )],
+    ]  # fmt: skip
+
+
+def supports(x: Tensor, parameters: Sequence[Tensor | None], mask: Tensor | None = None) -> bool:
+    """Whether `fused` may be called: plain dense CPU tensors, no transform, compiled kernels.
+
+    Args:
+        x: The input.
+        parameters: Those of the layer.
+        mask: Valid positions, which the kernels do not know.
+
+    Returns:
+        Whether it may.
+    """
+    return (
+        mask is None
+        and bool(dispatch.compiled())
+        and x.numel() > 0
+        and function.readable(x, 0, (), parameters)
+    )
+
+
+def merged(mean: Tensor, variance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Moments over maps of equal size along an axis: σ² = mean(σ²_map + (μ_map − μ)²).
+
+    Args:
+        mean: μ of each map.
+        variance: σ² of each map.
+        dim: The axis, kept with length 1.
+
+    Returns:
+        Mean and variance.
+    """
+    middle = mean.mean(dim, keepdim=True)
+    return middle, (variance + (mean - middle).square()).mean(dim, keepdim=True)
+
+
+def _placed(x: Tensor, layout: Layout) -> tuple[Tensor, bool]:
+    """x in an order that the kernels walk, copied only if in none, and if by columns."""
+    last = layout.channel_dim == -1
+    rows, columns = call._walks(layout.shape, x.stride(), last)
+    if rows is None and columns is None:
+        return x.contiguous(), last or layout.lengths[2] == 1
+    return x, rows is None
+
+
+def _walk(t: Tensor | None, layout: Layout, columns: bool) -> call.Walk:
+    """The walk of a tensor, which has one."""
+    found = t if t is None else call._walks(layout.shape, t.stride(), layout.channel_dim == -1)
+    return found[columns] or (0, 0, 0) if found else (0, 0, 0)
+
+
+def _run(
+    which: int, job: Job, x: Tensor, columns: bool, mean: Tensor, coefficients: Sequence[Tensor],
+    out: Tensor | None = None, dy: Tensor | None = None, **rest: Tensor,
+) -> None:  # fmt: skip
+    """One pass over x."""
+    number, names = _CURVES[job.curve]
+    walks = (_walk(t, job.layout, columns) for t in (x, dy, out))
+    record = _Call(*job.layout.lengths, *chain.from_iterable(walks), columns, number, job.groups)
+    numbers = (*zip(names, coefficients, strict=True), *rest.items())
+    for name, tensor in (("x", x), ("mean", mean), ("out", out), ("dy", dy), *numbers):
+        setattr(record, name, None if tensor is None else tensor.data_ptr())
+    compiled = library.load()[0]
+    assert compiled is not None
+    if compiled.normlab_maps(ctypes.byref(record), which, function.DTYPES[x.dtype]):
+        raise MemoryError("the kernel could not allocate its working memory")
+
+
+def _full(numbers: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> list[Tensor]:
+    """Numbers as the kernels read them: one each a map."""
+    shape = layout.lengths[:2]
+    return [t.detach().to(dtype).expand(shape).contiguous() for t in numbers]
+
+
+class _Fused(torch.autograd.Function):
+    """(x, job, *parameters) → (y, mean, variance)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, job: Job, *parameters: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        given = call.moments(x, job.layout, reference.Spec(job.layout.member_dims, _MOMENTS, None))
+        assert given.mean is not None
+        assert given.moment is not None
+        mean, variance = (t.view(len(x), -1) for t in (given.mean, given.moment))
+        coefficients = job.middle(mean, variance, *_leaves(parameters, mean.dtype))
+        coefficients = _full(coefficients, job.layout, mean.dtype)
+        columns = _placed(x, job.layout)[1]
+        y = call._like(x, job.layout, columns)
+        _run(_APPLY, job, x, columns, mean, coefficients, y)
+        ctx.job = job
+        ctx.save_for_backward(x, mean, variance, *parameters)
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)
+        return y, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy = grads[0]
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, mean, variance, *parameters = ctx.saved_tensors
+        needs, job = ctx.needs_input_grad, ctx.job
+        direct = type(dy) is Tensor and torch._C._has_storage(dy) and not function.observed()
+        if torch.is_grad_enabled() or not direct:
+            return _differentiable(job, needs, dy, x, parameters)
+        x, columns = _placed(x, job.layout)  # hooks on saved tensors may have changed its order
+        walks = call._walks(job.layout.shape, dy.stride(), job.layout.channel_dim == -1)
+        if walks[columns] is None or dy.is_neg() or dy._is_zerotensor():
+            dy = call._like(x, job.layout, columns).copy_(dy)
+        local = job.local if needs[0] else None
+        through = needs[0] and local is None
+        with torch.enable_grad():
+            wanted = (through, through, *needs[2:])
+            leaves = _leaves((mean, variance, *parameters), mean.dtype, wanted)
+            coefficients = [t.expand(job.layout.lengths[:2]) for t in job.middle(*leaves)]
+        values = _full(coefficients, job.layout, mean.dtype)
+        sums = mean.new_empty(len(values), *job.layout.lengths[:2])
+        dx = call._like(x, job.layout, columns) if needs[0] else None
+        if local is not None:
+            k, h = _full(local(mean, variance, values[0]), job.layout, mean.dtype)
+            _run(_LOCAL, job, x, columns, mean, values, dx, dy, k=k, h=h, sums=sums)
+        else:
+            _run(_SUMS, job, x, columns, mean, values, None, dy, sums=sums)
+        dmean, dvariance, *slopes = _pulled(coefficients, sums, leaves)
+        if through:
+            dmean, dvariance = (mean.new_zeros(()) if g is None else g for g in (dmean, dvariance))
+            if job.curve == "line":  # which is about the map's own mean
+                dmean = dmean - values[0] * sums[1]
+            size = job.layout.members
+            k, h = _full((dvariance * (2 / size), dmean / size), job.layout, mean.dtype)
+            _run(_GRADIENT, job, x, columns, mean, values, dx, dy, k=k, h=h)
+        found = [None if g is None or p is None else g.to(p.dtype)
+                 for g, p in zip(slopes, parameters, strict=True)]  # fmt: skip
+        return dx, None, *found
+
+
+def _leaves(
+    tensors: Sequence[Tensor | None], dtype: torch.dtype, wanted: Sequence[bool] | None = None
+) -> list[Tensor | None]:
+    """The tensors in one dtype and without history; those `wanted` ask for a gradient."""
+    asks = wanted or [False] * len(tensors)
+    return [
+        None if t is None else t.detach().to(dtype).requires_grad_(ask)
+        for t, ask in zip(tensors, asks, strict=True)
+    ]
+
+
+def _pulled(
+    coefficients: Sequence[Tensor], sums: Tensor, leaves: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of the leaves, or None, from those of the coefficients on each map."""
+    live = [(c, s) for c, s in zip(coefficients, sums, strict=True) if c.requires_grad]
+    asked = [t for t in leaves if t is not None and t.requires_grad]
+    if not live or not asked:
+        return [None] * len(leaves)
+    outputs, gradients = zip(*live, strict=True)
+    found = iter(torch.autograd.grad(outputs, asked, gradients, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in leaves]
+
+
+def _differentiable(
+    job: Job, needs: Sequence[bool], dy: Tensor, x: Tensor, parameters: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradient by torch operations, which autograd and transforms can differentiate."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that the derivative stops here: a parameter may itself be computed from x.
+        inputs = [None if t is None else t.view_as(t) for t in (x, *parameters)]
+        y = _by_operations(job, *inputs)
+        asked = [needs[0], *needs[2:]]
+        wanted = [t for t, ask in zip(inputs, asked, strict=True) if ask and t is not None]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again, allow_unused=True))
+    slopes = [next(found) if ask and t is not None else None
+              for t, ask in zip(inputs, asked, strict=True)]  # fmt: skip
+    return slopes[0], None, *slopes[1:]
+
+
+def _by_operations(job: Job, x: Tensor | None, *parameters: Tensor | None) -> Tensor:
+    """The same function in torch operations."""
+    assert x is not None
+    layout = job.layout
+    given = reference.moments(layout.split(x), layout.member_dims, _MOMENTS)
+    assert given.mean is not None
+    assert given.moment is not None
+    mean, variance = (t.reshape(len(x), -1) for t in (given.mean, given.moment))
+    n, c, _ = layout.lengths
+    ones = [1] * (x.ndim - 2)
+    shape = (n, c, *ones) if layout.channel_dim == 1 else (n, *ones, c)
+    widened = [None if p is None else p.to(mean.dtype) for p in parameters]
+    a, b, *more = (t.expand(n, c).reshape(shape) for t in job.middle(mean, variance, *widened))
+    z = reference.accumulated(x)
+    if job.curve == "line":
+        z = z - mean.reshape(shape)
+    elif job.curve == "gated":
+        z = z * torch.sigmoid(more[0] * z)
+    else:
+        v, d, s = more
+        z = z / torch.maximum(d, v * z + s)
+    return torch.addcmul(b, z, a).to(x.dtype)
+
+
+def fused(
+    curve: Curve, x: Tensor, layout: Layout, middle: Middle, *parameters: Tensor | None,
+    groups: int = 0, local: Local | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y = f(x; middle(μ, σ², *parameters)), and the moments.
+
+    Args:
+        curve: f; see `Job`.
+        x: As `supports` allows it.
+        layout: See `Job`.
+        middle: Differentiable, without random numbers or side effects: it runs again in the
+            backward pass. Gets the parameters in the dtype of the moments, float32 or float64.
+        *parameters: What it needs beside the moments, and is differentiated for.
+        groups: See `Job`.
+        local: See `Job`.
+
+    Returns:
+        y in the dtype and memory order of x; μ and σ² of shape (N, areas), without gradient.
+    """
+    # Copied out here, where autograd sees it: what is saved must have x as its history.
+    x, _ = _placed(x, layout)
+    job = Job(curve, layout, middle, groups, local)
+    y, mean, variance = _Fused.apply(x, job, *parameters)  # type: ignore[no-untyped-call]
+    return y, mean, variance
