@@ -267,7 +267,7 @@ def test_tracers_see_operations():
     torch.testing.assert_close(exported(z), layer(z), rtol=1e-5, atol=1e-6)  # float32
 
 
-def test_the_compiler_traces_plain_operations():
+def test_the_compiler_traces_one_operation():
     """Without a break, and the same: the compiler itself is left out here (backend eager)."""
     torch._dynamo.reset()
     layer, x = nl.BatchNorm(6, activation="relu").double(), sample((4, 6, 5)).requires_grad_()

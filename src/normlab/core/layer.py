@@ -178,7 +178,7 @@ class Normalize(StoringLayer):
         else:
             ys = [self._normalize(part, m, measured) for part, m in self._pieces(x, mask)]
             y = ys[0] if len(ys) == 1 else torch.cat(ys)
-        if self.stored_names:
+        if measured and self.stored_names:
             self._maybe_update(measured)
         return self._recover(y)
 

@@ -65,7 +65,7 @@ class Operation:
     @property
     def power(self) -> float:
         """The root taken in D: p, or 1 for the maximum and for no scale."""
-        return 1.0 if self.p is None or math.isinf(self.p) else self.p
+        return 1.0 if self.p is None or self.p == math.inf else self.p
 
     @property
     def uses_mean(self) -> bool:

@@ -122,7 +122,21 @@ class Partition:
             channel_dim=channel_dim,
             member_dims=dims,
             members=prod([ordered[i][1] for i in dims]),
+            lengths=(shape[0], channels, prod(positions)),
+            blocks=self._blocks(dict(ordered)),
         )
+
+    def _blocks(self, sizes: Mapping[str, int]) -> tuple[int, int] | None:
+        """See `Layout.blocks`; `sizes` of all axes but the positions."""
+        if "*" not in self.members or self.variables is not None:
+            return None
+        found = []
+        for axis in self.axes[:2]:
+            inside = [name in self.members for name in axis]
+            if inside != sorted(inside):
+                return None
+            found.append(prod([sizes[name] for name in axis if name in self.members]))
+        return found[0], found[1]
 
     def _split(
         self, names: tuple[str, ...], length: int, known: Mapping[str, int], role: str
@@ -171,6 +185,10 @@ class Layout:
         channel_dim: 1 or -1.
         member_dims: Axes of the split view that statistics are taken over.
         members: Number of elements that share one statistic.
+        lengths: Samples, channels, and positions.
+        blocks: Samples and channels of an area, where it is a block of these with all positions.
+            None where areas are not such blocks: statistics of single positions, or members that
+            lie apart, as the outer part of a split axis does.
     """
 
     partition: Partition
@@ -180,36 +198,13 @@ class Layout:
     channel_dim: int
     member_dims: tuple[int, ...]
     members: int
+    lengths: tuple[int, int, int]
+    blocks: tuple[int, int] | None
 
     @cached_property
     def memo(self) -> dict[Any, Any]:
         """What kernels remember of this layout, by keys of their own."""
         return {}
-
-    @cached_property
-    def lengths(self) -> tuple[int, int, int]:
-        """Samples, channels, and positions."""
-        channels = self.shape[self.channel_dim]
-        return self.shape[0], channels, prod(self.shape[1:]) // max(channels, 1)
-
-    @cached_property
-    def blocks(self) -> tuple[int, int] | None:
-        """Samples and channels of an area, where it is a block of these with all positions.
-
-        None where areas are not such blocks: statistics of single positions, or members that lie
-        apart, as the outer part of a split axis does.
-        """
-        p = self.partition
-        if "*" not in p.members or p.variables is not None:
-            return None
-        sizes = dict(zip(self.names, self.split_shape, strict=True))
-        found = []
-        for axis in p.axes[:2]:
-            inside = [name in p.members for name in axis]
-            if inside != sorted(inside):
-                return None
-            found.append(prod([sizes[name] for name in axis if name in p.members]))
-        return found[0], found[1]
 
     def split(self, x: Tensor) -> Tensor:
         """View x with its split axes apart; nothing is copied."""

@@ -195,7 +195,7 @@ def deviation_to_store(moments: Moments, operation: Operation, bessel: bool) -> 
     assert operation.p is not None
     if operation.p == 2 and operation.about == "mean":
         return unbiased(moments) if bessel else moments.moment
-    return moments.moment if math.isinf(operation.p) else moments.moment ** (1 / operation.p)
+    return moments.moment if operation.p == math.inf else moments.moment ** (1 / operation.p)
 
 
 def blend(old: Tensor, new: Tensor, weight: float | Tensor, valid: Tensor) -> None:

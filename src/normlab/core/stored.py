@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normlab.core import statistics as st
 from normlab.core.operation import LearnedEps, Operation
 from normlab.core.partition import Layout, Partition
+from normlab.kernels.hold import copied
 from normlab.kernels.reference import Moments, deviation
 
 
@@ -96,7 +97,7 @@ class StoringLayer(nn.Module):
     def _from_stored(self, layout: Layout, eps: Tensor | float) -> tuple[Moments, Tensor | float]:
         """The stored statistics as moments, and the ε to add to them."""
         # Copies: an update before the backward pass must not change what this pass has used.
-        stored = {n: layout.from_stored(getattr(self, n).clone()) for n in self.stored_names}
+        stored = {n: layout.from_stored(copied(getattr(self, n))) for n in self.stored_names}
         mean = stored.get("running_mean")
         if "running_std" in stored:  # ε is inside it already
             return Moments(mean, stored["running_std"] ** 2, layout.members), 0.0

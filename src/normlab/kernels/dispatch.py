@@ -11,11 +11,12 @@ from torch import Tensor
 from normlab.core.operation import Operation
 from normlab.core.partition import Layout
 from normlab.kernels import closed_form, reference
-from normlab.kernels.cpu import call, library
+from normlab.kernels.cpu import call, library, ops
 from normlab.kernels.triton import call as gpu
 
 # Families of compiled kernels, asked in this order. Each has the functions `supports`, `normalize`
-# and `moments` of `normlab.kernels.cpu.call`.
+# and `moments` of `normlab.kernels.cpu.call`; those with `covers`, `place`, `forward` and
+# `backward` too serve traced graphs as well.
 FAMILIES: tuple[ModuleType, ...] = (call,)
 _GPU: tuple[ModuleType, ...] = (gpu,)
 
@@ -95,6 +96,21 @@ def compiled() -> tuple[ModuleType, ...]:
     return built if gpu.interpreted() else built + _GPU
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _present() -> bool:
+    """Whether kernels were built; tracers take the answer, and do not look how it is found."""
+    return library.load()[0] is not None
+
+
+def covering(layout: Layout, operation: Operation, activation: str | None) -> ModuleType | None:
+    """Return the family of kernels that has a case, whatever its tensors are, or None."""
+    if _present():
+        for family in FAMILIES:
+            if hasattr(family, "covers") and family.covers(layout, operation, activation):
+                return family
+    return None
+
+
 def kernels_for(
     x: Tensor,
     layout: Layout,
@@ -104,6 +120,9 @@ def kernels_for(
     buffers: Iterable[Tensor | None] = (),
 ) -> ModuleType | None:
     """Return the family of compiled kernels that computes this case, or None.
+
+    In a traced graph they stand as operations of torch, on CPUs. An exported program holds them
+    only where they were asked for by name: other programs do not know them.
 
     Args:
         x: The input.
@@ -116,7 +135,11 @@ def kernels_for(
     Returns:
         A module with the functions `normalize` and `moments`.
     """
-    for family in compiled():
+    families = compiled()
+    if torch.compiler.is_compiling() and _current not in ("torch", "reference"):
+        wanted = _current == "cpu" or not torch.compiler.is_exporting()
+        families = (ops,) if wanted and _present() else ()
+    for family in families:
         if family.supports(x, layout, operation, activation, parameters, buffers):
             return family
     return None

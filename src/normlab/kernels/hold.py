@@ -20,6 +20,19 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+def copied(x: Tensor) -> Tensor:
+    """Return a copy of a buffer, which compiled graphs save for the backward pass.
+
+    Args:
+        x: A buffer that the same forward pass may update.
+
+    Returns:
+        The copy; with plain operations where a model is exported.
+    """
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return _hold(x) if traced else x.clone()
+
+
 def hold(x: Tensor) -> Tensor:
     """Return x, as a copy that compiled graphs save for the backward pass.
 

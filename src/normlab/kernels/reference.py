@@ -140,7 +140,7 @@ def _moment(
     z: Tensor, p: float, dims: tuple[int, ...], count: Tensor | int, reduce: Reduce | None
 ) -> Tensor:
     """mean|z|ᵖ, or max|z|."""
-    if math.isinf(p):
+    if p == math.inf:
         if reduce is not None:
             raise ValueError("p='max' has no synchronized form; use a finite p")
         return z.abs().amax(dims, keepdim=True) if dims else z.abs()

@@ -41,7 +41,6 @@ def covers(layout: Layout, operation: Operation, activation: str | None) -> bool
         and activation in _ACTIVATIONS
         and layout.blocks is not None
         and 0 not in layout.shape
-        and load()[0] is not None
     )
 
 
@@ -70,7 +69,11 @@ def supports(
     covered: bool | None = layout.memo.get(key)
     if covered is None:
         covered = layout.memo[key] = covers(layout, operation, activation)
-    return covered and function.readable(x, layout.lengths[1], parameters, buffers)
+    return (
+        covered
+        and load()[0] is not None
+        and function.readable(x, layout.lengths[1], parameters, buffers)
+    )
 
 
 Walk = tuple[int, int, int]

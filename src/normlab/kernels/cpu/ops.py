@@ -1,0 +1,344 @@
+"""The compiled kernels as operations of torch, which `torch.compile` and `torch.export` keep whole.
+
+``normlab::normalize``, ``normlab::normalize_backward`` and ``normlab::moments`` are functional:
+statistics are outputs, and stored ones are updated by the layer. They say in words what to compute
+(pattern, operation), so that a saved graph means the same anywhere. Where there are no kernels,
+they compute the closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from normlab.core.operation import Operation
+from normlab.core.partition import Layout, partition
+from normlab.kernels import closed_form, reference
+from normlab.kernels.cpu import function
+from normlab.kernels.cpu.function import WIDE, Job, Parameters
+from normlab.kernels.reference import Moments, Spec
+
+# What follows the tensors in every schema: Π with lengths of split axes, Φ, and an activation.
+_CASE = (
+    "str pattern, str[] names, SymInt[] sizes, int channel_dim, bool shift, str about, float? p, "
+    "float factor, float eps, str? activation"
+)
+_GIVEN = "Tensor? weight, Tensor? bias, Tensor? threshold, Tensor? learned_eps"
+_LIBRARY = torch.library.Library("normlab", "FRAGMENT")  # type: ignore[no-untyped-call]
+_SCHEMAS = (
+    f"moments(Tensor x, {_CASE}) -> (Tensor, Tensor)",
+    f"normalize(Tensor x, {_GIVEN}, Tensor? mean, Tensor? moment, {_CASE}, bool from_batch) "
+    "-> (Tensor, Tensor, Tensor)",
+    f"normalize_backward(Tensor dy, Tensor x, {_GIVEN}, Tensor? mean, Tensor? moment, {_CASE}, "
+    "bool from_batch, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_Case = tuple[Any, ...]
+
+
+def _case(layout: Layout, spec: Spec, eps: Tensor | float) -> _Case:
+    """The arguments that stand for Π, Φ and the activation."""
+    p, op = layout.partition, spec.operation
+    split = [name for axis in p.axes[:2] if len(axis) > 1 for name in axis]
+    lengths = dict(zip(layout.names, layout.split_shape, strict=False))
+    sizes = [lengths[name] for name in split]
+    number = 0.0 if isinstance(eps, Tensor) else float(eps)
+    order = None if op.p is None else float(op.p)
+    return (
+        p.pattern, split, sizes, layout.channel_dim, op.shift, op.about, order, float(op.factor),
+        number, spec.activation,
+    )  # fmt: skip
+
+
+def _read(x: Tensor, case: _Case) -> tuple[Layout, Spec]:
+    """Π bound to x, and the rest of the case."""
+    pattern, names, sizes, channel_dim, shift, about, p, factor, eps, activation = case
+    known = dict(zip(names, sizes, strict=True))
+    layout = partition(pattern).bind(x.shape, channel_dim=channel_dim, sizes=known)
+    operation = Operation(shift=shift, about=about, p=p, eps=eps, factor=factor)
+    return layout, Spec(layout.member_dims, operation, activation)
+
+
+def _shape(layout: Layout) -> list[int]:
+    return [1 if i in layout.member_dims else n for i, n in enumerate(layout.split_shape)]
+
+
+def _family(layout: Layout, spec: Spec, x: Tensor) -> ModuleType | None:
+    from normlab.kernels import dispatch
+
+    if x.dtype not in function.DTYPES:
+        return None
+    return dispatch.covering(layout, spec.operation, spec.activation)
+
+
+def _check(x: Tensor, layout: Layout, parameters: Parameters) -> None:
+    """Kernels read C numbers of each parameter, whatever its length."""
+    channels = x.shape[layout.channel_dim]
+    for p in parameters:
+        if p is not None and (p.ndim != 1 or p.shape[0] != channels):
+            raise RuntimeError(f"parameters are of shape ({channels},); received {tuple(p.shape)}")
+
+
+def _like(found: Tensor, x: Tensor) -> Tensor:
+    """A result in the order of memory that was announced: that of `torch.empty_like(x)`."""
+    y = torch.empty_like(x)
+    return found if found.stride() == y.stride() and found.dtype == x.dtype else y.copy_(found)
+
+
+def _none(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What stands for an output that there is not."""
+    return x.new_empty((0,), dtype=dtype)
+
+
+def _moments(x: Tensor, *case: Any) -> tuple[Tensor, Tensor]:
+    layout, spec = _read(x, case)
+    family = _family(layout, spec, x)
+    if family is None:
+        found = reference.moments(layout.split(x), spec.dims, spec.operation)
+    else:
+        found = family.moments(x, layout, spec)
+    mean, moment, _ = found
+    dtype = WIDE.get(x.dtype, x.dtype)
+    return (
+        _none(x, dtype) if mean is None else mean,
+        _none(x, dtype) if moment is None else moment,
+    )
+
+
+def _fake_moments(x: Tensor, *case: Any) -> tuple[Tensor, Tensor]:
+    layout, (_, op, _) = _read(x, case)
+    shape, dtype = _shape(layout), WIDE.get(x.dtype, x.dtype)
+    return (
+        x.new_empty(shape if op.uses_mean else (0,), dtype=dtype),
+        x.new_empty(shape if op.p is not None else (0,), dtype=dtype),
+    )
+
+
+def _normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, threshold: Tensor | None,
+    learned: Tensor | None, mean: Tensor | None, moment: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    *case, from_batch = rest
+    layout, spec = _read(x, tuple(case))
+    _check(x, layout, (weight, bias, threshold))
+    number = case[8] if learned is None else learned.item()
+    measured = mean is None and moment is None
+    family = _family(layout, spec, x)
+    if family is not None:
+        job = function.job_of(layout, spec, from_batch, family)
+        y, mean, moment = family.forward(
+            job, family.place(job, x), weight, bias, threshold, number, mean, moment
+        )
+    else:
+        view = layout.split(x)
+        if measured:
+            mean, moment, _ = reference.moments(view, spec.dims, spec.operation)
+        w, b, t = (None if p is None else layout.per_channel(p) for p in (weight, bias, threshold))
+        y = layout.join(reference.apply(view, mean, moment, w, b, t, number, None, spec))
+    dtype = WIDE.get(x.dtype, x.dtype)
+    return (
+        _like(y, x),
+        mean if measured and mean is not None else _none(x, dtype),
+        moment if measured and moment is not None else _none(x, dtype),
+    )
+
+
+def _fake_normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, threshold: Tensor | None,
+    learned: Tensor | None, mean: Tensor | None, moment: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    case = rest[:-1]
+    _check(x, _read(x, case)[0], (weight, bias, threshold))
+    if mean is None and moment is None:
+        return torch.empty_like(x), *_fake_moments(x, *case)
+    dtype = WIDE.get(x.dtype, x.dtype)
+    return torch.empty_like(x), _none(x, dtype), _none(x, dtype)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, threshold: Tensor | None,
+    learned: Tensor | None, mean: Tensor | None, moment: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *case, from_batch, needs = rest
+    layout, spec = _read(x, tuple(case))
+    number = case[8] if learned is None else learned.item()
+    family = _family(layout, spec, x)
+    found: Sequence[Tensor | None]
+    if family is not None:
+        job = function.job_of(layout, spec, from_batch, family)
+        mean, moment = function.statistics(job, x, mean, moment)
+        found = family.backward(job, needs, dy, x, weight, bias, threshold, number, mean, moment)
+    else:
+        job = Job(layout, spec, from_batch, closed_form)
+        given = (x, weight, bias, threshold, learned)
+        found = function.differentiable(job, needs, dy, given, number, mean, moment)
+    given = (x, weight, bias, threshold, learned)
+    dx, *rest_found = (
+        _none(x, x.dtype) if g is None or t is None or not need else g.to(t.dtype).view(t.shape)
+        for g, t, need in zip(found, given, needs, strict=True)
+    )
+    return _like(dx, x) if needs[0] else dx, *rest_found
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, threshold: Tensor | None,
+    learned: Tensor | None, mean: Tensor | None, moment: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    needs = rest[-1]
+    slopes = (
+        t.new_empty(t.shape) if t is not None and need else _none(x, x.dtype)
+        for t, need in zip((weight, bias, threshold, learned), needs[1:], strict=True)
+    )
+    return torch.empty_like(x) if needs[0] else _none(x, x.dtype), *slopes
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, threshold, learned, mean, moment, *case, from_batch = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    if mean is None and moment is None:
+        op = _operation(tuple(case))
+        mean = output[1] if op.uses_mean else None
+        moment = output[2] if op.p is not None else None
+    ctx.case, ctx.from_batch = tuple(case), from_batch
+    ctx.save_for_backward(x, weight, bias, threshold, learned, mean, moment)
+
+
+def _operation(case: _Case) -> Operation:
+    return Operation(shift=case[4], about=case[5], p=case[6], eps=case[8], factor=case[7])
+
+
+def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    dy = grads[0]
+    rest = (None,) * (3 + len(ctx.case))
+    if dy is None:
+        return (None,) * 5 + rest
+    x, weight, bias, threshold, learned, mean, moment = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:5])
+    given = (x, weight, bias, threshold, learned)
+    if torch.is_grad_enabled():  # the gradient is itself differentiated
+        layout, spec = _read(x, ctx.case)
+        job = Job(layout, spec, ctx.from_batch, closed_form)
+        found = function.differentiable(job, needs, dy, given, ctx.case[8], mean, moment)
+        return *found, *rest
+    out = torch.ops.normlab.normalize_backward(
+        dy, *given, mean, moment, *ctx.case, ctx.from_batch, needs
+    )
+    return *(g if need else None for g, need in zip(out, needs, strict=True)), *rest
+
+
+for _schema, _name, _real, _fake in zip(
+    _SCHEMAS,
+    ("moments", "normalize", "normalize_backward"),
+    (_moments, _normalize, _backward),
+    (_fake_moments, _fake_normalize, _fake_backward),
+    strict=True,
+):
+    # In any order of memory, so that the compiler may choose one and need not copy.
+    _LIBRARY.define(_schema, tags=(torch.Tag.flexible_layout,))  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_name, _real, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"normlab::{_name}", cast(Any, _fake), lib=_LIBRARY)
+torch.library.register_autograd(
+    "normlab::normalize", _differentiate, setup_context=_save, lib=_LIBRARY
+)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _transformed() -> bool:
+    """Whether a transform of `torch.func` is at work, which needs to see inside."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def supports(
+    x: Tensor,
+    layout: Layout,
+    operation: Operation,
+    activation: str | None,
+    parameters: Parameters = (),
+    buffers: Iterable[Tensor | None] = (),
+) -> bool:
+    """Whether a traced call of this case is better one operation; asked while it is traced.
+
+    Args:
+        x: The input.
+        layout: Π bound to its shape.
+        operation: Φ.
+        activation: The fused activation.
+        parameters: γ, β and τ.
+        buffers: Stored statistics.
+
+    Returns:
+        Whether there are kernels for it.
+    """
+    from normlab.kernels import dispatch
+
+    tensors = [x, *[t for t in (*parameters, *buffers) if t is not None]]
+    return (
+        not _transformed()
+        and forward_ad._current_level < 0
+        and x.dtype in function.DTYPES
+        and all(t.device.type == "cpu" for t in tensors)
+        and dispatch.covering(layout, operation, activation) is not None
+    )
+
+
+def moments(x: Tensor, layout: Layout, spec: Spec) -> Moments:
+    """Statistics of each area, as `reference.moments` gives them.
+
+    Args:
+        x: The input.
+        layout: Π bound to its shape.
+        spec: Axes of the members, and the operation.
+
+    Returns:
+        The moments, without gradient.
+    """
+    mean, moment = torch.ops.normlab.moments(x.detach(), *_case(layout, spec, 0.0))
+    op = spec.operation
+    return Moments(
+        mean if op.uses_mean else None, moment if op.p is not None else None, layout.members
+    )
+
+
+def normalize(
+    x: Tensor,
+    layout: Layout,
+    spec: Spec,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: Tensor | None,
+    eps: Tensor | float,
+    given: Moments | None,
+    *,
+    from_batch: bool,
+) -> tuple[Tensor, Moments]:
+    """`function.normalize` as one operation.
+
+    Args:
+        x: The input.
+        layout: Π bound to its shape.
+        spec: Axes of the members, operation and activation.
+        weight: γ of shape (C,), or None.
+        bias: β, likewise.
+        threshold: τ, for the TLU.
+        eps: ε, a tensor where it is learned.
+        given: Statistics to use; None to measure those of x.
+        from_batch: Whether `given`, if any, was measured on x, so that gradients flow through it.
+
+    Returns:
+        y, in the dtype and memory order of x, and the statistics used.
+    """
+    op = spec.operation
+    learned = eps if isinstance(eps, Tensor) else None
+    used = (None, None) if given is None else (given.mean, given.moment)
+    y, mean, moment = torch.ops.normlab.normalize(
+        x, weight, bias, threshold, learned, *used, *_case(layout, spec, eps), from_batch
+    )
+    if given is not None:
+        return y, given
+    measured = (mean if op.uses_mean else None, moment if op.p is not None else None)
+    return y, Moments(*measured, layout.members)

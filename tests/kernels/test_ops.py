@@ -1,0 +1,247 @@
+"""The kernels as operations of torch: what `torch.compile` and `torch.export` make of them."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import normlab as nl
+from activations.cases import sample
+from kernels.cases import build
+from normlab.kernels import dispatch
+from normlab.kernels.cpu import ops
+from normlab.kernels.reference import Spec
+
+pytestmark = pytest.mark.skipif(
+    dispatch.compiled_kernels() is None, reason=f"no compiled kernels: {dispatch.reason()}"
+)
+TIGHT = {"rtol": 1e-9, "atol": 1e-10}  # float64 sums in two orders
+CASES = [
+    ("batch", {"activation": "relu"}), ("group", {"groups": 2, "activation": "silu"}),
+    ("filter_response", {"learned_eps": True}), ("rms", {}), ("mean_only_batch", {}),
+    ("ghost_batch", {"batch_size": 2, "affine": False}),
+]  # fmt: skip
+SHAPE = (4, 6, 5, 3)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Nothing compiled before counts, and warnings of the compiler itself are not ours."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def arguments(name, options, dtype=torch.float64, channel_dim=1, shape=SHAPE):
+    """γ, β, τ and ε of a layer, and what stands for its case."""
+    layer = build(name, options, 6, channel_dim=channel_dim)
+    sizes = layer._sizes(shape[0])
+    layout = layer.partition.bind(shape, channel_dim=channel_dim, sizes=sizes)
+    learned = layer.eps.detach().to(dtype) if isinstance(layer.eps, torch.Tensor) else None
+    given = [layer.weight, layer.bias, layer.threshold]
+    given = [None if p is None else p.detach().to(dtype) for p in given] + [learned]
+    spec = Spec(layout.member_dims, layer.operation, layer.activation)
+    return given, ops._case(layout, spec, layer.eps if learned is None else learned)
+
+
+def inputs():
+    """In rows, in columns of half precision, and in an order of memory that the kernels copy."""
+    x = sample(SHAPE, dtype=torch.float32)
+    yield x
+    yield x.bfloat16().to(memory_format=torch.channels_last)
+    yield x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+
+
+def leaf(t):
+    return None if t is None else t.clone(memory_format=torch.preserve_format).requires_grad_()
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_opcheck(name, options):
+    """Schemas, shapes, dtypes and strides as announced, and the registration of the gradient."""
+    given, case = arguments(name, options, torch.float32)
+    for x in inputs():
+        normlab = torch.ops.normlab
+        torch.library.opcheck(normlab.moments.default, (x, *case))
+        traced = (leaf(x), *map(leaf, given), None, None, *case, True)
+        torch.library.opcheck(normlab.normalize.default, traced)
+        y, mean, moment = normlab.normalize(x, *given, None, None, *case, True)
+        assert y.stride() == torch.empty_like(x).stride()
+        used = [s if s.numel() else None for s in (mean, moment)]
+        needs = [True, *(t is not None for t in given)]
+        torch.library.opcheck(
+            normlab.normalize_backward.default, (y.cos(), x, *given, *used, *case, True, needs)
+        )
+        torch.library.opcheck(
+            normlab.normalize.default, (leaf(x), *map(leaf, given), *used, *case, False)
+        )
+
+
+@pytest.mark.parametrize("from_batch", [True, False])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_without_kernels_they_compute_the_same(name, options, from_batch, monkeypatch):
+    """A saved program may be loaded where none were built."""
+
+    def outcome():
+        given, case = arguments(name, options)
+        x, given = leaf(sample(SHAPE)), [leaf(t) for t in given]
+        used = (None, None)
+        if not from_batch:
+            used = [m if m.numel() else None for m in torch.ops.normlab.moments(x, *case)]
+        y, mean, moment = torch.ops.normlab.normalize(x, *given, *used, *case, from_batch)
+        wanted = [t for t in (x, *given) if t is not None]
+        return [y, mean, moment, *torch.autograd.grad((y**3).sum(), wanted)]
+
+    fast = outcome()
+    monkeypatch.setattr(ops, "_family", lambda *args: None)
+    torch.testing.assert_close(fast, outcome(), **TIGHT)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_second_derivatives(name, options):
+    given, case = arguments(name, options, shape=(4, 6, 3))
+    x, given = leaf(sample((4, 6, 3))), [leaf(t) for t in given]
+
+    def y(*tensors):
+        return torch.ops.normlab.normalize(*tensors, None, None, *case, True)[0]
+
+    assert torch.autograd.gradcheck(y, (x, *given))
+    assert torch.autograd.gradgradcheck(y, (x, *given))
+
+
+def test_parameters_of_another_length_are_errors():
+    """Memory past their end is not read."""
+    (_, bias, *rest), case = arguments("batch", {})
+    with pytest.raises(RuntimeError, match=r"shape \(6,\)"):
+        torch.ops.normlab.normalize(
+            sample(SHAPE), bias.new_ones(3), bias, *rest, None, None, *case, True
+        )
+
+
+def traced(layer, **options):
+    """The layer compiled as one graph, and the names of what was in the graph."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    seen = set()
+
+    def backend(graph, example):
+        seen.update(str(node.target) for node in graph.graph.nodes)
+        return aot_eager(graph, example)
+
+    return torch.compile(layer, backend=backend, fullgraph=True, **options), seen
+
+
+def train(step, layer, x):
+    """y, all gradients, and the buffers after a pass."""
+    x = leaf(x)
+    y = step(x)
+    y.float().pow(3).sum().backward()
+    grads = [p.grad for p in layer.parameters()]
+    layer.zero_grad()
+    return [y.detach(), x.grad, *grads, *map(torch.clone, layer.buffers())]
+
+
+TRAINED = [
+    *CASES, ("batch_renorm", {"rmax": 2.0, "dmax": 1.0, "momentum": 0.3}), ("variance", {}),
+    ("layer", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "dynamic"),
+    [(*case, False) for case in TRAINED] + [(*TRAINED[i], True) for i in (0, 1, 6)],
+)
+def test_compiled_training_is_eager_training(name, options, dynamic):
+    """The same kernels in both: equal, for several shapes and orders of memory."""
+    eager = build(name, options, 6)
+    layer = copy.deepcopy(eager)
+    compiled, seen = traced(layer, dynamic=dynamic)
+    shapes = [(4, 6, 5, 3), (8, 6, 4, 7)] if dynamic else [SHAPE]
+    for seed, shape in enumerate(shapes):
+        for form in (torch.contiguous_format, torch.channels_last):
+            x = sample(shape, seed=seed, dtype=torch.float32).to(memory_format=form)
+            fast, plain = train(compiled, layer, x), train(eager, eager, x)
+            assert fast[0].stride() == plain[0].stride()
+            # ε + |ε_l|, r and d are float32 operations outside the kernels.
+            torch.testing.assert_close(fast, plain, rtol=1e-6, atol=1e-6)
+    assert "normlab.normalize" in seen
+
+
+def test_policies_that_read_and_update_what_is_stored():
+    """What the forward pass read is what the backward pass has, whatever was written since."""
+    for backend in ("auto", "torch"):
+        torch._dynamo.reset()
+        eager = build("batch", {}, 6).double()
+        eager.use, eager.update = "stored", True
+        layer = copy.deepcopy(eager)
+        compiled, _ = traced(layer)
+        with nl.kernels.backend(backend):
+            for seed in range(2):
+                x = 3 * sample(SHAPE, seed=seed) + 1
+                fast, plain = train(compiled, layer, x), train(eager, eager, x)
+                torch.testing.assert_close(fast, plain, **TIGHT)
+
+
+def test_autocast_and_checkpointing():
+    """In half precision beside linear layers, once and again."""
+    eager = nn.Sequential(nn.Linear(6, 6), build("batch", {}, 6), nn.ReLU())
+    net = copy.deepcopy(eager)
+
+    def run(net):
+        def step(x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return checkpoint(net, x, use_reentrant=False)
+
+        return step
+
+    compiled, seen = traced(run(net))
+    x = sample((8, 6), dtype=torch.float32)
+    fast, plain = train(compiled, net, x), train(run(eager), eager, x)
+    assert fast[0].dtype == torch.bfloat16
+    # One rounding to bfloat16, where the tracer keeps more digits between two operations.
+    torch.testing.assert_close(fast, plain, rtol=2e-2, atol=2e-2)
+    assert seen
+
+
+def test_transforms_inside_the_compiler_see_operations():
+    layer, x = build("group", {"groups": 2}, 6).double(), sample((3, *SHAPE))
+
+    def gradient(x):
+        return torch.func.vmap(torch.func.grad(lambda x: layer(x).pow(3).sum()))(x)
+
+    def tangent(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.sin()))).tangent
+
+    for function, z in ((gradient, x), (tangent, x[0].clone())):
+        compiled, seen = traced(function)
+        torch.testing.assert_close(compiled(z), function(z), **TIGHT)
+        assert "normlab.normalize" not in seen
+
+
+def test_programs_hold_them_only_where_asked_for():
+    """By default other programs can run what was exported."""
+    layer, x = build("batch", {}, 6).eval(), sample(SHAPE, dtype=torch.float32)
+    batch = ({0: torch.export.Dim("samples", min=2, max=64)},)
+
+    def exported():
+        return torch.export.export(layer, (x,), dynamic_shapes=batch)
+
+    plain = exported()
+    with nl.kernels.backend("cpu"):
+        ours = exported()
+    file = io.BytesIO()
+    torch.export.save(ours, file)
+    file.seek(0)
+    z = sample((7, 6, 5, 3), seed=3, dtype=torch.float32)
+    for program, holds in ((plain, False), (ours, True), (torch.export.load(file), True)):
+        names = {str(node.target) for node in program.graph.nodes}
+        assert any(name.startswith("normlab") for name in names) == holds
+        # Float32, by other sums.
+        torch.testing.assert_close(program.module()(z), layer(z), rtol=1e-5, atol=1e-5)
