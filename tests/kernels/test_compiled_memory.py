@@ -37,6 +37,7 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
   Call k{};
   i64 outer = pick({1, 2, 3, 5}), groups = pick({1, 2, 3, 7, 33});
   k.bn = pick({1, 1, 2, 3, 8}), k.bc = pick({1, 1, 2, 5, 17});
+  if (LINES) k.bn = 1;
   k.n = outer * k.bn, k.c = groups * k.bc, k.p = pick({1, 1, 2, 3, 7, 15, 16, 17, 49, 64, 131});
   if (r() % 40 == 0) k.p = 9000;
   if (k.n * k.c * k.p > 60000) k.n = k.bn, k.c = k.bc;
@@ -55,7 +56,9 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
     if (k.columns && k.p == 1) sn = sp;
     return (k.n - 1) * sn + (rows - 1) * outer + length;
   };
-  i64 areas = outer * (k.c / k.bc), size = strides(k.xn, k.xc, k.xp, true);
+  bool last = r() % 2;
+  k.mn = k.c / k.bc * k.p, k.mg = last ? 1 : k.p, k.mp = last ? k.c / k.bc : 1;
+  i64 areas = outer * (k.c / k.bc) * (LINES ? k.p : 1), size = strides(k.xn, k.xc, k.xp, true);
   T *x = room<T>(r, size);
   if (r() % 8 == 0) x[r() % size] = T{};
   T *dy = room<T>(r, strides(k.gn, k.gc, k.gp, true));
@@ -70,7 +73,7 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
   k.tau = k.act == TLU ? tau : nullptr, k.mean = mean, k.moment = moment;
   k.dgamma = r() % 4 ? s0 : nullptr, k.dbeta = r() % 4 ? s1 : nullptr, k.dtau = s2;
   k.deps = r() % 2 ? s3 : nullptr;
-  int failed = normlab_forward(&k, dtype) | normlab_backward(&k, dtype);
+  int failed = FORWARD(&k, dtype) | BACKWARD(&k, dtype);
   for (void *p : {(void *)x, (void *)dy, (void *)y, (void *)dx, (void *)gamma, (void *)beta,
                   (void *)tau, (void *)mean, (void *)moment, (void *)s0, (void *)s1, (void *)s2,
                   (void *)s3})
@@ -85,7 +88,7 @@ int main() {
   for (int i = 0; i < 250; i++)
     if (once<float, float>(r, 0) | once<double, double>(r, 1) | once<bf16, float>(r, 2)) return 3;
   Call none{};
-  return normlab_forward(&none, 9) == 1 ? 0 : 4;
+  return FORWARD(&none, 9) == 1 ? 0 : 4;
 }
 """
 
@@ -168,7 +171,18 @@ int main() {
 }
 """
 
-DRIVERS = {"normalize.cpp": NORMALIZE, "units.cpp": UNITS, "maps.cpp": MAPS}
+# Of the sources whose functions take a `Call`.
+NAMES = """
+#define FORWARD {0}_forward
+#define BACKWARD {0}_backward
+#define LINES {1}
+"""
+DRIVERS = {
+    "normalize.cpp": NAMES.format("normlab", 0) + NORMALIZE,
+    "lines.cpp": NAMES.format("normlab_lines", 1) + NORMALIZE,
+    "units.cpp": UNITS,
+    "maps.cpp": MAPS,
+}
 
 
 @pytest.mark.parametrize("name", DRIVERS)

@@ -1,4 +1,8 @@
-"""Kernels of areas that are blocks of samples and channels with all positions: second moments."""
+"""Kernels of second moments, over blocks of samples and channels, or over channels at positions.
+
+Areas are blocks of samples and channels with all their positions, or runs of channels at single
+positions.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from normlab.core.operation import Operation
 from normlab.core.partition import Layout
-from normlab.kernels.cpu import function
+from normlab.kernels.cpu import function, lines
 from normlab.kernels.cpu.function import DTYPES, WIDE, Gradients, Job, Parameters, flat, job_of
 from normlab.kernels.cpu.library import Call, load
 from normlab.kernels.reference import Moments, Spec
@@ -33,13 +37,13 @@ def covers(layout: Layout, operation: Operation, activation: str | None) -> bool
         activation: The fused activation.
 
     Returns:
-        Whether areas are blocks, and the moments second ones.
+        Whether areas are blocks or runs of channels, and the moments second ones.
     """
     return (
         operation.p in (None, 2)
         and operation.factor == 1
         and activation in _ACTIVATIONS
-        and layout.blocks is not None
+        and (layout.blocks is not None or lines.channels_of_area(layout) is not None)
         and 0 not in layout.shape
     )
 
@@ -125,12 +129,14 @@ class _Record(NamedTuple):
         columns: Whether x is walked by rows of channels; None where it is not walked.
         dense: Whether `torch.empty_like` gives a result the order of x.
         walk: Of x.
+        entry: The family of functions in the library.
         call: The constant part of the arguments; x, y and dy all at the walk of x.
     """
 
     columns: bool | None
     dense: bool
     walk: Walk
+    entry: str
     call: Call
 
 
@@ -149,13 +155,20 @@ def _recorded(job: Job, x: Tensor) -> _Record:
     rows, columns = _walks(layout.shape, x.stride(), layout.channel_dim == -1)
     # Where both do (one channel), the rows are longer.
     walk = rows or columns or (0, 0, 0)
+    n, c, p = layout.lengths
+    area, statistics, entry = layout.blocks or (1, 1), (0, 0, 0), "normlab"
+    run = lines.channels_of_area(layout)
+    if run is not None:
+        area, statistics, entry = (1, run), lines.statistics_walk(layout, run), "normlab_lines"
+        if p == 1:  # samples are positions of one
+            n, p, statistics = 1, n, (0, 1, statistics[0])
     call = Call(
-        *layout.lengths, *(layout.blocks or (1, 1)), *walk, *walk, *walk, rows is None,
+        n, c, p, *area, *walk, *walk, *walk, *statistics, rows is None,
         _ACTIVATIONS[job.spec.activation], op.shift, op.about == "mean", op.p is not None,
         False, job.from_batch, 0.0,
     )  # fmt: skip
     dense = torch.empty_like(x).stride() == x.stride()
-    return _Record(None if rows is columns is None else rows is None, dense, walk, call)
+    return _Record(None if rows is columns is None else rows is None, dense, walk, entry, call)
 
 
 def place(job: Job, x: Tensor) -> Tensor:
@@ -236,7 +249,7 @@ def forward(
     call = _call(job, record, eps, mean, moment, parameters)
     y = _out(job, x, record, call)
     call.measure, call.x, call.y = measure, x.data_ptr(), y.data_ptr()
-    _run("normlab_forward", call, x.dtype)
+    _run(f"{record.entry}_forward", call, x.dtype)
     return y, mean, moment
 
 
@@ -286,7 +299,7 @@ def backward(
     if needs[4]:
         areas = x.new_empty(job.shape, dtype=torch.float64)
         call.deps = areas.data_ptr()
-    _run("normlab_backward", call, x.dtype)
+    _run(f"{record.entry}_backward", call, x.dtype)
     dweight, dbias, dthreshold = (
         total if p is None or total is None else total.to(p.dtype)
         for p, total in zip((weight, bias, threshold), sums, strict=True)
@@ -308,9 +321,10 @@ def moments(x: Tensor, layout: Layout, spec: Spec) -> Moments:
     job = job_of(layout, spec, True, _FAMILY)
     x = place(job, x.detach())
     mean, moment = function.statistics(job, x, None, None)
-    call = _call(job, _record(job, x), 0.0, mean, moment, (None, None, None))
+    record = _record(job, x)
+    call = _call(job, record, 0.0, mean, moment, (None, None, None))
     call.measure, call.x = True, x.data_ptr()
-    _run("normlab_forward", call, x.dtype)
+    _run(f"{record.entry}_forward", call, x.dtype)
     return Moments(mean, moment, layout.members)
 
 

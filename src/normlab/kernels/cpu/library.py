@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-ABI = 2
+ABI = 3
+ENTRIES = ("normlab", "normlab_lines")
+"""Families of functions that take a `Call`; each has a forward and a backward direction."""
 SWITCH = "NORMLAB_KERNELS"
 FOLDER = Path(__file__).resolve().parent
 # What torch itself found the processor (and ATEN_CPU_CAPABILITY) to allow, best library first.
@@ -18,12 +20,13 @@ _LEVELS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline"
 
 
 class Call(ctypes.Structure):
-    """Arguments of both directions; kept in step with `struct Call` of normalize.cpp."""
+    """Arguments of both directions; kept in step with call.h."""
 
     _fields_ = [
         *[(name, ctypes.c_int64) for name in (
             "n", "c", "p", "bn", "bc", "xn", "xc", "xp", "gn", "gc", "gp", "yn", "yc", "yp",
-            "columns", "act", "shift", "about_mean", "scale", "measure", "from_batch",
+            "mn", "mg", "mp", "columns", "act", "shift", "about_mean", "scale", "measure",
+            "from_batch",
         )],
         ("eps", ctypes.c_double),
         *[(name, ctypes.c_void_p) for name in (
@@ -77,7 +80,7 @@ def _open(path: Path) -> ctypes.CDLL:
     found = library.normlab_abi()
     if found != ABI:
         raise OSError(f"built for interface {found} where this normlab has {ABI}")
-    for name in ("normlab_forward", "normlab_backward"):
+    for name in (f"{entry}_{way}" for entry in ENTRIES for way in ("forward", "backward")):
         function = getattr(library, name)
         function.argtypes = (ctypes.POINTER(Call), ctypes.c_int)
         function.restype = ctypes.c_int

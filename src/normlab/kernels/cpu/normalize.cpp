@@ -16,6 +16,7 @@
 // combined in double by Chan's formula in a fixed order: results do not depend on the number of
 // threads.
 
+#include "call.h"
 #include "common.h"
 
 namespace {
@@ -600,17 +601,6 @@ void backward(const Job<T, R> &job, const T *dy, T *dx, std::vector<Sums> &part,
 
 } // namespace
 
-// One record for both directions; kept in step with kernels/cpu/call.py.
-struct Call {
-  i64 n, c, p, bn, bc;
-  i64 xn, xc, xp, gn, gc, gp, yn, yc, yp; // strides of x, of dy, and of y or dx
-  i64 columns, act, shift, about_mean, scale, measure, from_batch;
-  double eps;
-  const void *x, *dy, *gamma, *beta, *tau;
-  void *mean, *moment, *y, *dx;
-  double *dgamma, *dbeta, *dtau, *deps;
-};
-
 namespace {
 
 template <class T, class R = typename Math<T>::type> Job<T, R> job_of(const Call &k) {
@@ -685,4 +675,4 @@ EXPORT int normlab_backward(const Call *call, int dtype) noexcept {
   }
 }
 
-EXPORT int normlab_abi() noexcept { return 2; }
+EXPORT int normlab_abi() noexcept { return 3; }

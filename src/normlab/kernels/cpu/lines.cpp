@@ -1,0 +1,500 @@
+// Areas of single positions: statistics over the channels, or over groups of them, at each position
+// of each sample, as layer normalization has them in transformers.
+//
+// A tensor is walked in one of two orders of memory (see normalize.cpp), a tile of positions at a time,
+// which stays in cache over all passes:
+//   columns  a position is a row of contiguous channels, and sums run along it
+//   rows     a channel is a row of contiguous positions, and sums are taken at all positions of the
+//            tile side by side, channel after channel
+//
+// Sums over an area are taken in R over at most CHUNK terms, beyond that in double. Sums over areas,
+// for gamma, beta and tau, are in double over a number of pieces that depends on the shape alone.
+
+#include "call.h"
+#include "common.h"
+
+namespace {
+
+constexpr i64 CHUNK = 1024;       // terms of a sum in R
+constexpr i64 PIECES = 32;        // parts whose sums for parameters are taken apart
+constexpr i64 SHORT = 64;         // positions whose sums for parameters are in R
+constexpr i64 FIRST = 8 << 10;    // bytes of a tile of columns, in a first-level cache
+constexpr i64 SECOND = 256 << 10; // bytes of a tile of rows, in a second-level cache
+
+// One R each a channel of `given`, or `other` where there are none.
+template <class R> std::vector<R> filled(const void *given, i64 c, R other) {
+  std::vector<R> v(c, other);
+  if (given) std::memcpy(v.data(), given, std::size_t(c) * sizeof(R));
+  return v;
+}
+
+template <class T, class R> struct Job {
+  const Call &k;
+  R *means = static_cast<R *>(k.mean), *moments = static_cast<R *>(k.moment);
+  std::vector<R> gamma = filled<R>(k.gamma, k.c, R(1)), beta = filled<R>(k.beta, k.c, R(0)),
+                 tau = filled<R>(k.tau, k.c, R(0));
+  bool centred = k.shift || (k.scale && k.about_mean); // whether there is a mean
+  explicit Job(const Call &call) : k(call) {}
+};
+
+// Positions of a tile.
+template <class T> i64 wide(const Call &k, i64 tensors) {
+  i64 bytes = k.bc * i64(sizeof(T));
+  if (k.columns) return std::min(k.p, std::max<i64>(1, std::min<i64>(SHORT, FIRST / bytes)));
+  return std::min(k.p, std::max<i64>(SHORT, SECOND / (tensors * bytes) / SHORT * SHORT));
+}
+
+// A group of channels of one sample, over a tile of its positions; `at` is its first statistic.
+struct Unit {
+  i64 n, c, p, width, at;
+  template <class T> const T *x(const Call &k) const {
+    return static_cast<const T *>(k.x) + n * k.xn + c * k.xc + p * k.xp;
+  }
+  template <class T> const T *dy(const Call &k) const {
+    return static_cast<const T *>(k.dy) + n * k.gn + c * k.gc + p * k.gp;
+  }
+  template <class T> T *out(const Call &k, void *y) const {
+    return static_cast<T *>(y) + n * k.yn + c * k.yc + p * k.yp;
+  }
+};
+inline Unit unit_of(const Call &k, i64 index, i64 wide) {
+  i64 tiles = (k.p + wide - 1) / wide, groups = k.c / k.bc;
+  i64 n = index / tiles / groups, g = index / tiles % groups, p = index % tiles * wide;
+  return {n, g * k.bc, p, std::min(wide, k.p - p), n * k.mn + g * k.mg + p * k.mp};
+}
+inline i64 units_of(const Call &k, i64 wide) {
+  return k.n * (k.c / k.bc) * ((k.p + wide - 1) / wide);
+}
+
+// x-hat = (x - mu) * inverse + rest, with rest what rounding took from the mean;
+// dx = h * p1 - (x - mub) * q - r with h = gamma * dL/du: see closed_form.py.
+enum { MU, INVERSE, REST, P1, MUB, Q, R0, SUM, SQUARE, ROOM };
+
+// Numbers for each position of the tile.
+template <class R> struct Tile {
+  i64 width;
+  std::vector<R> room;
+  std::vector<double> sums; // of x or h, and of squares or h * x-hat
+  explicit Tile(i64 w)
+      : width((w + 63) / 64 * 64), room(std::size_t(ROOM * width)), sums(std::size_t(2 * width)) {}
+  R *operator[](i64 i) { return room.data() + i * width; }
+  double *total(i64 i) { return sums.data() + i * width; }
+};
+
+// --- sums along a row of channels, or side by side over rows of positions -------------------------
+
+// Adds up what f(i, at) gives for the vectors of m elements, a pair each, in `sum` and `other`. Two
+// vectors at a time, since an addition waits for the one before.
+template <class R> struct Pair {
+  V<R> a{}, b{};
+};
+template <class R, class F> inline void summed(i64 m, double &sum, double &other, F f) {
+  sum = other = 0;
+  for (i64 from = 0; from < m; from += CHUNK) {
+    i64 to = std::min(m, from + CHUNK), i = from;
+    Pair<R> s, t;
+    for (; i + 2 * LANES<R> <= to; i += 2 * LANES<R>) {
+      Pair<R> u = f(i, Whole<R>{}), v = f(i + LANES<R>, Whole<R>{});
+      s.a += u.a, s.b += u.b, t.a += v.a, t.b += v.b;
+    }
+    sweep<R>(to - i, [&](i64 j, auto at) {
+      Pair<R> u = f(i + j, at);
+      s.a += u.a, s.b += u.b;
+    });
+    sum += total<R>(s.a + t.a), other += total<R>(s.b + t.b);
+  }
+}
+
+template <class T, class R> void sum_tile(const Call &k, const T *x, Tile<R> &t, i64 width) {
+  double *sum = t.total(0);
+  if (k.columns) {
+    for (i64 i = 0; i < width; i++) {
+      const T *row = x + i * k.xp;
+      double none;
+      summed<R>(k.bc, sum[i], none, [&](i64 j, auto at) {
+        return Pair<R>{at.read(row + j, V<R>{}), V<R>{}};
+      });
+    }
+    return;
+  }
+  const i64 xc = k.xc, bc = k.bc;
+  R *part = t[SUM];
+  std::fill(sum, sum + width, 0.0);
+  for (i64 from = 0; from < bc; from += CHUNK) {
+    i64 to = std::min(from + CHUNK, bc), c = from;
+    std::fill(part, part + width, R(0));
+    for (; c + 4 <= to; c += 4) {
+      const T *a = x + c * xc, *b = a + xc, *d = b + xc, *e = d + xc;
+      sweep<R>(width, [&](i64 i, auto at) {
+        const V<R> zero{};
+        put<R>(part + i, take<R>(part + i) + (at.read(a + i, zero) + at.read(b + i, zero)) +
+                             (at.read(d + i, zero) + at.read(e + i, zero)));
+      });
+    }
+    for (; c < to; c++) {
+      const T *a = x + c * xc;
+      sweep<R>(width, [&](i64 i, auto at) {
+        put<R>(part + i, take<R>(part + i) + at.read(a + i, V<R>{}));
+      });
+    }
+    for (i64 i = 0; i < width; i++) sum[i] += double(part[i]);
+  }
+}
+
+// Sums of x - mu, and of its square.
+template <class T, class R> void square_tile(const Call &k, const T *x, Tile<R> &t, i64 width) {
+  double *sum = t.total(0), *squares = t.total(1);
+  const R *mu = t[MU];
+  if (k.columns) {
+    for (i64 i = 0; i < width; i++) {
+      const T *row = x + i * k.xp;
+      V<R> mean = all<R>(mu[i]);
+      summed<R>(k.bc, sum[i], squares[i], [&](i64 j, auto at) {
+        V<R> z = at.read(row + j, mean) - mean;
+        return Pair<R>{z, z * z};
+      });
+    }
+    return;
+  }
+  const i64 xc = k.xc, bc = k.bc;
+  R *part = t[SUM], *square = t[SQUARE];
+  std::fill(sum, sum + width, 0.0);
+  std::fill(squares, squares + width, 0.0);
+  for (i64 from = 0; from < bc; from += CHUNK) {
+    i64 to = std::min(from + CHUNK, bc), c = from;
+    std::fill(part, part + width, R(0));
+    std::fill(square, square + width, R(0));
+    for (; c + 4 <= to; c += 4) {
+      const T *a = x + c * xc, *b = a + xc, *d = b + xc, *e = d + xc;
+      sweep<R>(width, [&](i64 i, auto at) {
+        V<R> mean = take<R>(mu + i), z0 = at.read(a + i, mean) - mean, z1 = at.read(b + i, mean) - mean;
+        V<R> z2 = at.read(d + i, mean) - mean, z3 = at.read(e + i, mean) - mean;
+        put<R>(part + i, take<R>(part + i) + ((z0 + z1) + (z2 + z3)));
+        put<R>(square + i, take<R>(square + i) + ((z0 * z0 + z1 * z1) + (z2 * z2 + z3 * z3)));
+      });
+    }
+    for (; c < to; c++) {
+      const T *a = x + c * xc;
+      sweep<R>(width, [&](i64 i, auto at) {
+        V<R> mean = take<R>(mu + i), z = at.read(a + i, mean) - mean;
+        put<R>(part + i, take<R>(part + i) + z);
+        put<R>(square + i, take<R>(square + i) + z * z);
+      });
+    }
+    for (i64 i = 0; i < width; i++) sum[i] += double(part[i]), squares[i] += double(square[i]);
+  }
+}
+
+// --- statistics of a tile ------------------------------------------------------------------------
+
+template <class T, class R> void given_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t) {
+  const Call &k = job.k;
+  R *mu = t[MU], *inverse = t[INVERSE], *rest = t[REST];
+  for (i64 i = 0; i < u.width; i++) {
+    mu[i] = k.shift ? job.means[u.at + i * k.mp] : R(0);
+    inverse[i] = k.scale ? job.moments[u.at + i * k.mp] : R(1);
+    rest[i] = 0;
+  }
+  std::fill(mu + u.width, mu + t.width, R(0)); // lanes of no position count for nothing
+  std::fill(inverse + u.width, inverse + t.width, R(0));
+  if (!k.scale) return;
+  for (i64 i = 0; i < u.width; i++) inverse[i] = R(1.0 / std::sqrt(double(inverse[i]) + k.eps));
+}
+
+template <class T, class R> void measured_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t) {
+  const Call &k = job.k;
+  R *mu = t[MU], *inverse = t[INVERSE], *rest = t[REST];
+  double m = double(k.bc), *sum = t.total(0), *squares = t.total(1);
+  const T *x = u.x<T>(k);
+  std::fill(mu, mu + t.width, R(0));
+  if (job.centred) {
+    sum_tile(k, x, t, u.width);
+    for (i64 i = 0; i < u.width; i++) mu[i] = R(sum[i] / m);
+  }
+  square_tile(k, x, t, u.width);
+  double about_zero = k.about_mean ? 0.0 : 1.0;
+  if (job.centred) { // the mean is in `sum` from here on, and the moment in `squares`
+    for (i64 i = 0; i < u.width; i++) {
+      double left = sum[i] / m, mean = double(mu[i]) + left;
+      double square = squares[i] - left * sum[i];
+      squares[i] = (square < 0 ? 0.0 : square) / m + about_zero * mean * mean;
+      sum[i] = mean;
+    }
+    for (i64 i = 0; i < u.width; i++) job.means[u.at + i * k.mp] = R(sum[i]);
+  } else {
+    for (i64 i = 0; i < u.width; i++) squares[i] /= m, sum[i] = 0;
+  }
+  if (k.scale)
+    for (i64 i = 0; i < u.width; i++) job.moments[u.at + i * k.mp] = R(squares[i]);
+  double shift = k.shift ? 1.0 : 0.0;
+  if (k.scale)
+    for (i64 i = 0; i < u.width; i++) squares[i] = 1.0 / std::sqrt(squares[i] + k.eps);
+  else
+    std::fill(squares, squares + u.width, 1.0);
+  for (i64 i = 0; i < u.width; i++) {
+    mu[i] = R(shift * sum[i]);
+    rest[i] = R((double(mu[i]) - shift * sum[i]) * squares[i]);
+    inverse[i] = R(squares[i]);
+  }
+}
+
+// Coefficients of the gradient, from the sums of h and of h * x-hat.
+template <class T, class R> void slope_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t) {
+  const Call &k = job.k;
+  R *p1 = t[P1], *mub = t[MUB], *q = t[Q], *r = t[R0];
+  double m = double(k.bc), *sum = t.total(0), *sum_x = t.total(1);
+  bool single = k.scale && k.bc == 1 && !k.shift && !k.about_mean;
+  double through = k.from_batch && k.scale && !single ? 1 / m : 0;
+  double shift = k.from_batch && k.shift ? 1 / m : 0;
+  for (i64 i = 0; i < u.width; i++) mub[i] = k.scale ? job.moments[u.at + i * k.mp] : R(0);
+  for (i64 i = 0; i < u.width; i++) {
+    double inside = double(mub[i]) + k.eps, inverse = k.scale ? 1.0 / std::sqrt(inside) : 1.0;
+    // Of one member, 1 - x^2/(M + eps) would cancel.
+    p1[i] = R(single && k.from_batch ? inverse * k.eps / inside : inverse);
+    q[i] = through != 0 ? R(through * sum_x[i] / inside) : R(0);
+    r[i] = shift != 0 ? R(shift * sum[i] * inverse) : R(0);
+  }
+  if (k.deps)
+    for (i64 i = 0; i < u.width; i++)
+      k.deps[u.at + i * k.mp] = -sum_x[i] / (2 * (double(mub[i]) + k.eps));
+  for (i64 i = 0; i < u.width; i++)
+    mub[i] = k.about_mean && job.centred ? job.means[u.at + i * k.mp] : R(0);
+}
+
+// --- forward -------------------------------------------------------------------------------------
+
+template <int A, class T, class R>
+void apply_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t) {
+  const Call &k = job.k;
+  const T *x = u.x<T>(k);
+  T *y = u.out<T>(k, k.y);
+  const R *mu = t[MU], *inverse = t[INVERSE], *rest = t[REST];
+  const R *gamma = job.gamma.data() + u.c, *beta = job.beta.data() + u.c, *tau = job.tau.data() + u.c;
+  const V<R> zero{};
+  if (k.columns) {
+    for (i64 i = 0; i < u.width; i++) {
+      const T *from = x + i * k.xp;
+      T *to = y + i * k.yp;
+      V<R> mean = all<R>(mu[i]), a = all<R>(inverse[i]), b = all<R>(rest[i]);
+      sweep<R>(k.bc, [&](i64 j, auto at) {
+        V<R> xhat = (at.read(from + j, zero) - mean) * a + b;
+        V<R> v = xhat * at.read(gamma + j, zero) + at.read(beta + j, zero);
+        at.write(to + j, activate<A>(v, A == TLU ? at.read(tau + j, zero) : zero));
+      });
+    }
+    return;
+  }
+  for (i64 c = k.bc - 1; c >= 0; c--) { // what was read last is in cache still
+    V<R> weight = all<R>(gamma[c]), offset = all<R>(beta[c]), least = all<R>(tau[c]);
+    const T *from = x + c * k.xc;
+    T *to = y + c * k.yc;
+    sweep<R>(u.width, [&](i64 i, auto at) {
+      V<R> z = at.read(from + i, zero) - take<R>(mu + i);
+      V<R> xhat = z * take<R>(inverse + i) + take<R>(rest + i);
+      at.write(to + i, activate<A>(xhat * weight + offset, least));
+    });
+  }
+}
+
+template <int A, class T, class R> void forward(const Job<T, R> &job) {
+  const Call &k = job.k;
+  i64 width = wide<T>(k, 1);
+  std::vector<Tile<R>> tiles(omp_get_max_threads(), Tile<R>(width));
+  i64 units = units_of(k, width);
+#pragma omp parallel for schedule(static)
+  for (i64 index = 0; index < units; index++) {
+    Unit u = unit_of(k, index, width);
+    Tile<R> &t = tiles[omp_get_thread_num()];
+    k.measure ? measured_tile(job, u, t) : given_tile(job, u, t);
+    if (k.y) apply_tile<A>(job, u, t);
+  }
+}
+
+
+// --- backward ------------------------------------------------------------------------------------
+
+// Sums of h and h * x-hat at each position; of g = dL/du, g * x-hat and of dy where the threshold
+// holds for each channel, over columns in `sums`, which are R, over rows in `into`. What of g is dear
+// to compute is kept in `slopes`, over columns.
+template <int A, class T, class R>
+void sums_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, R *sums, R *slopes, double *into) {
+  const Call &k = job.k;
+  const T *x = u.x<T>(k), *dy = u.dy<T>(k);
+  const R *mu = t[MU], *inverse = t[INVERSE];
+  const R *gamma = job.gamma.data() + u.c, *beta = job.beta.data() + u.c, *tau = job.tau.data() + u.c;
+  double *sum_h = t.total(0), *sum_hx = t.total(1);
+  const V<R> zero{};
+  if (k.columns) {
+    R *dgamma = sums + u.c, *dbeta = dgamma + k.c, *dtau = dbeta + k.c;
+    for (i64 i = 0; i < u.width; i++) {
+      const T *v = x + i * k.xp, *w = dy + i * k.gp;
+      V<R> mean = all<R>(mu[i]), a = all<R>(inverse[i]);
+      R *kept = slopes + i * k.bc;
+      summed<R>(k.bc, sum_h[i], sum_hx[i], [&](i64 j, auto at) {
+        V<R> xhat = (at.read(v + j, mean) - mean) * a, d = at.read(w + j, zero), g = d;
+        V<R> scale = at.read(gamma + j, zero);
+        if (A != NONE) {
+          V<R> least = A == TLU ? at.read(tau + j, zero) : zero;
+          g = slope<A>(xhat * scale + at.read(beta + j, zero), least, d);
+          at.write(kept + j, g);
+        }
+        V<R> h = g * scale;
+        at.write(dgamma + j, at.read(dgamma + j, zero) + g * xhat);
+        at.write(dbeta + j, at.read(dbeta + j, zero) + g);
+        if (A == TLU) at.write(dtau + j, at.read(dtau + j, zero) + (d - g));
+        return Pair<R>{h, h * xhat};
+      });
+    }
+    return;
+  }
+  R *part = t[SUM], *part_x = t[SQUARE];
+  std::fill(sum_h, sum_h + u.width, 0.0);
+  std::fill(sum_hx, sum_hx + u.width, 0.0);
+  for (i64 from = 0; from < k.bc; from += CHUNK) {
+    std::fill(part, part + u.width, R(0));
+    std::fill(part_x, part_x + u.width, R(0));
+    for (i64 c = from; c < std::min(from + CHUNK, k.bc); c++) {
+      V<R> scale = all<R>(gamma[c]), offset = all<R>(beta[c]), least = all<R>(tau[c]);
+      V<R> s0{}, s1{}, s2{};
+      const T *v = x + c * k.xc, *w = dy + c * k.gc;
+      sweep<R>(u.width, [&](i64 i, auto at) {
+        V<R> mean = take<R>(mu + i), d = at.read(w + i, zero);
+        V<R> xhat = (at.read(v + i, mean) - mean) * take<R>(inverse + i);
+        V<R> g = slope<A>(xhat * scale + offset, least, d), h = g * scale;
+        put<R>(part + i, take<R>(part + i) + h);
+        put<R>(part_x + i, take<R>(part_x + i) + h * xhat);
+        s0 += g * xhat, s1 += g;
+        if (A == TLU) s2 += d - g;
+      });
+      into[u.c + c] += total<R>(s0), into[k.c + u.c + c] += total<R>(s1);
+      if (A == TLU) into[2 * k.c + u.c + c] += total<R>(s2);
+    }
+    for (i64 i = 0; i < u.width; i++) sum_h[i] += double(part[i]), sum_hx[i] += double(part_x[i]);
+  }
+}
+
+template <int A, class T, class R>
+void gradient_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, const R *slopes) {
+  const Call &k = job.k;
+  const T *x = u.x<T>(k), *dy = u.dy<T>(k);
+  T *dx = u.out<T>(k, k.dx);
+  const R *mu = t[MU], *inverse = t[INVERSE], *p1 = t[P1], *mub = t[MUB], *q = t[Q], *r = t[R0];
+  const R *gamma = job.gamma.data() + u.c, *beta = job.beta.data() + u.c, *tau = job.tau.data() + u.c;
+  const V<R> zero{};
+  if (k.columns) {
+    for (i64 i = 0; i < u.width; i++) {
+      const T *v = x + i * k.xp, *w = dy + i * k.gp;
+      T *to = dx + i * k.yp;
+      const R *kept = slopes + i * k.bc;
+      V<R> mean = all<R>(mub[i]), a = all<R>(p1[i]), b = all<R>(q[i]), off = all<R>(r[i]);
+      bool flows = q[i] != R(0); // else what x holds does not matter, be it NaN
+      sweep<R>(k.bc, [&](i64 j, auto at) {
+        V<R> g = A == NONE ? at.read(w + j, zero) : at.read(kept + j, zero);
+        V<R> through = flows ? (at.read(v + j, zero) - mean) * b : zero;
+        at.write(to + j, g * at.read(gamma + j, zero) * a - through - off);
+      });
+    }
+    return;
+  }
+  for (i64 c = k.bc - 1; c >= 0; c--) {
+    V<R> scale = all<R>(gamma[c]), offset = all<R>(beta[c]), least = all<R>(tau[c]);
+    const T *from = x + c * k.xc, *w = dy + c * k.gc;
+    T *to = dx + c * k.yc;
+    sweep<R>(u.width, [&](i64 i, auto at) {
+      V<R> v = at.read(from + i, zero), b = take<R>(q + i), g = at.read(w + i, zero);
+      if (A != NONE)
+        g = slope<A>((v - take<R>(mu + i)) * take<R>(inverse + i) * scale + offset, least, g);
+      V<R> through = (v - take<R>(mub + i)) * b;
+      through = b != zero ? through : zero;
+      at.write(to + i, g * scale * take<R>(p1 + i) - through - take<R>(r + i));
+    });
+  }
+}
+
+// Units cut into pieces: body(piece, from, to) for each, in parallel.
+template <class F> void pieces(i64 units, i64 count, F body) {
+#pragma omp parallel for schedule(static)
+  for (i64 i = 0; i < count; i++) body(i, units * i / count, units * (i + 1) / count);
+}
+
+// Sums for gamma, beta and tau, one of each piece.
+struct Parameters {
+  i64 c, count;
+  std::vector<double> sums;
+  Parameters(i64 c, i64 count) : c(c), count(count), sums(std::size_t(3 * c * count)) {}
+  double *of(i64 piece) { return sums.data() + piece * 3 * c; }
+  void finish(const Call &k) {
+    double *into[] = {k.dgamma, k.dbeta, k.dtau};
+    for (i64 i = 1; i < count; i++)
+      for (i64 j = 0; j < 3 * c; j++) sums[j] += of(i)[j];
+    for (i64 j = 0; j < 3; j++)
+      if (into[j]) std::copy(sums.begin() + j * c, sums.begin() + (j + 1) * c, into[j]);
+  }
+};
+
+template <int A, class T, class R> void backward(const Job<T, R> &job) {
+  const Call &k = job.k;
+  i64 width = wide<T>(k, 2), units = units_of(k, width);
+  i64 least = k.columns ? (SHORT + width - 1) / width : 1; // units of a piece
+  i64 count = std::max<i64>(1, std::min<i64>(PIECES, units / least));
+  std::vector<Tile<R>> tiles(omp_get_max_threads(), Tile<R>(width));
+  i64 room = k.columns ? (3 * k.c + (A == NONE ? 0 : width * k.bc) + 63) / 64 * 64 : 0;
+  std::vector<R> scratch(std::size_t(room * omp_get_max_threads()));
+  Parameters all(k.c, count);
+  pieces(units, count, [&](i64 piece, i64 first, i64 last) {
+    Tile<R> &t = tiles[omp_get_thread_num()];
+    R *sums = scratch.data() + room * omp_get_thread_num(), *slopes = sums + 3 * k.c;
+    double *into = all.of(piece);
+    i64 rows = 0;
+    if (k.columns) std::fill(sums, slopes, R(0));
+    for (i64 index = first; index < last; index++) {
+      Unit u = unit_of(k, index, width);
+      given_tile(job, u, t);
+      sums_tile<A>(job, u, t, sums, slopes, into);
+      if (k.columns && ((rows += u.width) >= SHORT || index + 1 == last)) {
+        for (i64 j = 0; j < 3 * k.c; j++) into[j] += double(sums[j]);
+        std::fill(sums, slopes, R(0));
+        rows = 0;
+      }
+      slope_tile(job, u, t);
+      if (k.dx) gradient_tile<A>(job, u, t, slopes);
+    }
+  });
+  all.finish(k);
+}
+
+template <int A, class T, class R> void go(const Job<T, R> &job, bool back) {
+  back ? backward<A>(job) : forward<A>(job);
+}
+
+template <class T> void run(const Call &k, bool back) {
+  Job<T, typename Math<T>::type> job(k);
+  switch (k.act) {
+  case RELU: return go<RELU>(job, back);
+  case SILU: return go<SILU>(job, back);
+  case TLU: return go<TLU>(job, back);
+  default: return go<NONE>(job, back);
+  }
+}
+
+// dtype: 0 float32, 1 float64, 2 bfloat16. Returns 0, or 1 for another dtype, 2 without memory.
+int run(const Call &k, int dtype, bool back) noexcept {
+  try {
+    if (dtype == 0) run<float>(k, back);
+    else if (dtype == 1) run<double>(k, back);
+    else if (dtype == 2) run<bf16>(k, back);
+    else return 1;
+    return 0;
+  } catch (...) {
+    return 2;
+  }
+}
+
+} // namespace
+
+EXPORT int normlab_lines_forward(const Call *call, int dtype) noexcept {
+  return run(*call, dtype, false);
+}
+EXPORT int normlab_lines_backward(const Call *call, int dtype) noexcept {
+  return run(*call, dtype, true);
+}
