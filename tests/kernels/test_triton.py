@@ -42,6 +42,47 @@ def test_the_kernels_compile_for_sm_90():
     assert "compiled" in done.stdout
 
 
+@needs_triton
+@pytest.mark.timeout(900)
+def test_the_benchmark_checks_itself_under_the_interpreter(tmp_path):
+    line = [sys.executable, "benchmarks/gpu.py", "--interpret", "--minutes", "0.5"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All checks passed" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_says_that_there_is_no_gpu(tmp_path):
+    line = [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "No GPU to measure on" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tables_of_the_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    times = {"min": 1.0, "median": 1.1}
+    one = {
+        "method": "batch", "shape": "A", "dims": [2, 3], "dtype": "float32", "layout": "nchw",
+        "variant": "normlab", "copy_ms": times, "triton": True, "forward_ratio": 1.0,
+        "both_ratio": 1.5, "issue_us": 90.0,
+    }  # fmt: skip
+    native = one | {"variant": "native", "both_ratio": 1.2, "triton": False}
+    bad = one | {"variant": "compiled", "error": "RuntimeError: no"}
+    record = {
+        "environment": {"gpu": "one"}, "command": "c", "date": "d", "failed": [], "skipped": ["x"],
+        "rows": [one, native, bad],
+    }  # fmt: skip
+    text = gpu.markdown(record)
+    assert "| batch A | 1.50 / 1.20 / error |" in text
+    assert "- batch A float32 nchw: 1.50 against 1.20 (native)" in text
+    assert "RuntimeError: no" in text
+    assert "Skipped: x" in text
+
+
 def test_the_backend_says_what_is_missing():
     if call.available():
         pytest.skip("nothing is missing")
