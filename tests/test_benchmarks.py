@@ -266,6 +266,22 @@ def test_native_layers_do_the_same_job(modules):
             torch.testing.assert_close(native()(x), case.ours(8, last)()(x), rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_compiled_is_the_formula_and_no_kernel(modules, monkeypatch):
+    seen, asked = [], []
+
+    class Probe(nn.Module):
+        def forward(self, x):
+            seen.append(nl.kernels.backend.name())
+            return x
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: asked.append(options))
+    layer = modules.cells.compiled(Probe)()
+    layer(torch.zeros(2))
+    assert seen == ["reference"]
+    assert asked == [{"dynamic": False}]
+    assert nl.kernels.backend.name() == "auto"
+
+
 def test_targets_are_those_of_large_and_small_maps(modules):
     cases = modules.cases.cases()
     assert cases["filter_response"].target(32 * 32, False) == 1.3
