@@ -20,7 +20,7 @@ import normlab as nl
 from normlab.kernels import dispatch
 from normlab.kernels.reference import Spec
 
-ROUNDS, CALLS = 30, 200
+ROUNDS, CALLS = 60, 20
 
 
 class Nothing(torch.autograd.Function):

@@ -23,6 +23,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 WIDE = dict.fromkeys([torch.float32, torch.bfloat16, torch.float16], torch.float32)
 WIDE[torch.float64] = torch.float64
 _TYPES = (Tensor, torch.nn.Parameter)
+_LEFT_OVER = torch._C._functorch.is_functorch_wrapped_tensor
 
 Parameters = tuple[Tensor | None, ...]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -170,6 +171,9 @@ class _Normalize(torch.autograd.Function):
         return dx, *slopes, deps, None
 
 
+_apply = super(torch.autograd.Function, _Normalize).apply
+
+
 def differentiable(
     job: Job,
     needs: Sequence[bool],
@@ -261,5 +265,9 @@ def normalize(
     # Copied out here, where autograd sees it: what is saved must have x as its history.
     x = family.place(job, x)
     used: list[Tensor | None] = [None, None] if given is None else [given.mean, given.moment]
-    y: Tensor = _Normalize.apply(x, weight, bias, threshold, learned, (job, number, used))  # type: ignore[no-untyped-call]
+    tensors = (x, weight, bias, threshold, learned)
+    # The apply of Python looks for tensors left over from transforms, as slowly as a kernel runs.
+    left_over = any([t is not None and _LEFT_OVER(t) for t in tensors])  # noqa: C419 (faster)
+    apply = _Normalize.apply if left_over else _apply
+    y: Tensor = apply(*tensors, (job, number, used))  # type: ignore[no-untyped-call]
     return y, Moments(used[0], used[1], layout.members)
