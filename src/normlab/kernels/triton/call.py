@@ -195,7 +195,7 @@ class _Run(NamedTuple):
     @property
     def epsilon(self) -> tuple[Tensor | None, float]:
         """ε as a tensor or a number."""
-        return (self.eps, 0.0) if isinstance(self.eps, Tensor) else (None, self.eps)
+        return (self.eps, 0.0) if isinstance(self.eps, Tensor) else (None, float(self.eps))
 
     @property
     def single(self) -> bool:
