@@ -19,7 +19,7 @@ from normlab.core.operation import Standardize
 from normlab.core.partition import Layout, PartitionError, partition
 from normlab.core.recovery import Affine
 from normlab.core.stored import StoringLayer
-from normlab.kernels import whiten
+from normlab.kernels import dispatch, matrices, whiten
 from normlab.kernels.hold import hold
 from normlab.kernels.reference import accumulated, masked
 from normlab.kernels.transforms import transformed
@@ -165,25 +165,40 @@ class Whiten(StoringLayer):
             mask = mask.unsqueeze(self.channel_dim)
             valid = layout.regroup(mask.expand(x.shape))
         with whiten.full_precision(x):
-            z = masked(accumulated(layout.regroup(x)), valid)
-            y = self._whiten(z, valid, layout)
+            z = accumulated(x)
+            inside = self._in_place(z, layout) if mask is None else None
+            if inside is None:
+                z = masked(layout.regroup(z), valid)
+            y = self._whiten(z if inside is None else inside, valid, layout)
             y = masked(y, mask).to(x.dtype)
         return _laid_out_as(x, y)
 
+    def _in_place(self, x: Tensor, layout: Layout) -> Tensor | None:
+        """x as (pieces, areas, variables, members), where products need no copy of it."""
+        if torch.compiler.is_compiling() or dispatch.backend.name() == "reference":
+            return None
+        if self.statistics.reduce is not None or not matrices.direct(x):
+            return None
+        found = matrices.pieces(x, layout)
+        return matrices.pieces(x.contiguous(), layout) if found is None else found
+
     def _whiten(self, z: Tensor, valid: Tensor | None, layout: Layout) -> Tensor:
-        """Statistics, Φ and Ψ, from (areas, variables, members) to the layout of x."""
+        """Statistics, Φ and Ψ, from (areas, variables, members), or pieces, to the layout of x."""
         found, w = None, None
         if self._measures:
             self._check_members(layout)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self._uses_stored):
-                found = whiten.covariance(z, valid, self.statistics.reduce)
+                if z.ndim == 4:
+                    found = matrices.covariance(z)
+                else:
+                    found = whiten.covariance(z, valid, self.statistics.reduce)
         if self._uses_stored:
             mean, stored = self._from_buffers(z)
-            y = self._recover(masked(z - mean, valid), stored, None, layout)
+            y = self._recover(masked(z - mean, valid), None, stored, None, layout)
         else:
             assert found is not None
             w, finite = self._matrix(found.matrix)
-            y = self._recover(found.centered, w, finite, layout)
+            y = self._recover(found.centered, found.rest, w, finite, layout)
             w = torch.where(finite, w.detach(), torch.nan) if self._updates else None
         if found is not None:
             self._follow(found, w)
@@ -205,7 +220,12 @@ class Whiten(StoringLayer):
         return mean.to(z.dtype).view(*square.shape[:2], 1), square.to(z.dtype)
 
     def _recover(
-        self, centered: Tensor, w: Tensor, finite: Tensor | None, layout: Layout
+        self,
+        centered: Tensor,
+        rest: Tensor | None,
+        w: Tensor,
+        finite: Tensor | None,
+        layout: Layout,
     ) -> Tensor:
         """γ·W·(x − μ) + β, in the layout of x; NaN where W is not finite."""
         gamma, beta = (
@@ -216,10 +236,9 @@ class Whiten(StoringLayer):
             shape = (self.groups, -1, 1)
             w = w if gamma is None else w * gamma.view(shape)
             w = w if finite is None else torch.where(finite, w, torch.nan)
-            y = w @ centered if beta is None else torch.baddbmm(beta.view(shape), w, centered)
-            return layout.undo(y)
+            return _product(w, centered, rest, None if beta is None else beta.view(shape), layout)
         w = w if finite is None else torch.where(finite, w, torch.nan)
-        y = layout.split(layout.undo(w @ centered).contiguous())
+        y = layout.split(_product(w, centered, rest, None, layout).contiguous())
         y = y if gamma is None else y * layout.per_channel(gamma)
         return layout.join(y if beta is None else y + layout.per_channel(beta))
 
@@ -303,6 +322,19 @@ class Whiten(StoringLayer):
         policies = {"use": self._use, "update": self._update}
         parts += [f"{k}={v}" for k, v in policies.items() if v != "auto"]
         return ", ".join(parts)
+
+
+def _product(
+    w: Tensor, centered: Tensor, rest: Tensor | None, beta: Tensor | None, layout: Layout
+) -> Tensor:
+    """W·(z − rest) + β, in the layout of x."""
+    if centered.ndim == 3:
+        y = w @ centered if beta is None else torch.baddbmm(beta, w, centered)
+        return layout.undo(y)
+    shift = w.new_zeros(*w.shape[:2], 1) if rest is None else -(w @ rest)
+    return matrices.joined(
+        matrices.product(w, centered, shift if beta is None else beta + shift), layout
+    )
 
 
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:

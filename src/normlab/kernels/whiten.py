@@ -24,12 +24,14 @@ class Covariance(NamedTuple):
         matrix: Σ = Σₘ(x − μ)(x − μ)ᵀ/m, shape (A, v, v).
         size: m; a tensor of shape (A, 1, 1) or () where masks or processes make it vary.
         centered: x − μ, shape (A, v, m), 0 at masked members.
+        rest: Mean that rounding left in `centered`, (A, v, 1); None where it was subtracted too.
     """
 
     mean: Tensor
     matrix: Tensor
     size: Tensor | int
     centered: Tensor
+    rest: Tensor | None = None
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
