@@ -26,9 +26,10 @@ GNU = {
     "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
                "-mprefer-vector-width=512"],
 }  # fmt: skip
+GNU["avx512bf16"] = [*GNU["avx512"], "-mavx512bf16"]
 MSVC = {"baseline": [], "avx2": ["/arch:AVX2"], "avx512": ["/arch:AVX512"]}
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-LEVELS = list(GNU) if X86 else ["baseline"]
+LEVELS = list(MSVC if sys.platform == "win32" else GNU) if X86 else ["baseline"]
 
 # Never -ffast-math: it lets linkers add code that flushes subnormal numbers of the whole process.
 GNU_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno",

@@ -119,6 +119,19 @@ def test_relative_to_a_cancelling_mean():
 
 
 @pytest.mark.parametrize("order", ["rows", "columns"])
+@pytest.mark.parametrize("name", ["batch", "instance", "layer", "mean_only_batch"])
+def test_an_area_that_begins_far_from_its_mean(name, order):
+    """Moments are taken about the first element, where all digits of the others would be lost."""
+    x = torch.randn(2, 2, 150, 170, generator=torch.Generator().manual_seed(5))
+    x[0, 0, 0, 0] = x[1, :, 0, 0] = -1e5
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
+    layer = build(name, {}, 2)
+    ours = run(layer, arrange(x, order), arrange(dy, order), "auto")
+    exact = run(copy.deepcopy(layer).double(), x.double(), dy.double(), "reference")
+    close(ours, exact, [4e-6, 2e-5])  # as in test_float32
+
+
+@pytest.mark.parametrize("order", ["rows", "columns"])
 @pytest.mark.parametrize("shape", [(1, 1, 2**21), (2, 3, 700, 700)])
 def test_long_sums(shape, order):
     """Sums over millions of members do not drift: partial sums go to double."""
@@ -190,7 +203,7 @@ def test_threads_change_nothing(threads):
     cases = [
         (name, options, shape, order)
         for name, options in METHODS
-        for shape in [(6, 34, 9, 11), (7, 4), (3, 2, 3000), (1, 6, 50)]
+        for shape in [(6, 34, 9, 11), (7, 4), (3, 2, 3000), (1, 6, 50), (75, 4, 3)]
         for order in ("rows", "columns")
         if not (len(shape) == 2 and name == "instance")
     ]

@@ -15,7 +15,7 @@ import normlab as nl
 from normlab.kernels.cpu import library
 
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
-LEVELS = ("avx512", "avx2", "baseline")
+LEVELS = ("avx512bf16", "avx512", "avx2", "baseline")
 BUILT = [level for level in LEVELS if (library.FOLDER / f"_{level}{SUFFIX}").is_file()]
 REPAIR = "with a C++ compiler"
 
@@ -28,6 +28,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(library, "FOLDER", inside)
     monkeypatch.delenv(library.SWITCH, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     library.load.cache_clear()
     yield inside
     library.load.cache_clear()
@@ -117,6 +118,22 @@ def test_the_processor_decides(folder, monkeypatch, capability, level):
         compile_c(folder / f"_{each}{SUFFIX}", ours())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert library.load()[1] == f"_{level}{SUFFIX}, for a processor with {capability}"
+
+
+def test_the_processor_rounds_to_bfloat16_itself(folder, monkeypatch):
+    for each in LEVELS:
+        compile_c(folder / f"_{each}{SUFFIX}", ours())
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert library.load()[1].startswith(f"_avx512bf16{SUFFIX}")
+    library.load.cache_clear()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert library.load()[1].startswith(f"_avx2{SUFFIX}")  # torch was told to do without
+    library.load.cache_clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(library, "FOLDER", folder)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    assert library.load()[1].startswith(f"_avx512{SUFFIX}")  # a torch that cannot tell
 
 
 def test_the_switch(folder, monkeypatch):

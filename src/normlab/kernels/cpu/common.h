@@ -19,7 +19,8 @@ namespace {
 enum Act { NONE = 0, RELU = 1, SILU = 2, TLU = 3 };
 
 // exp by 2^n * polynomial, on numbers or vectors, without a vector library; relative error under
-// 2 ulp in float, where -87 < x < 88.3; exp(-87) below, infinity from there or 88.7 on, NaN for NaN.
+// 2 ulp in float, where -87 < x < 88.3; exp(-87) below, infinity from there or 88.7 on, NaN for
+// NaN.
 template <class X, class Bits> inline X exponential(X x) {
   const X zero{};
   x = x < zero - 87.0f ? zero - 87.0f : x;

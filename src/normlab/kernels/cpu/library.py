@@ -58,7 +58,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         )
     capability = torch.backends.cpu.get_cpu_capability()
     failed: list[str] = []
-    for level in _LEVELS.get(capability, ("baseline",)):
+    for level in _levels(capability):
         for suffix in importlib.machinery.EXTENSION_SUFFIXES:
             path = FOLDER / f"_{level}{suffix}"
             if not path.is_file():
@@ -71,6 +71,13 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             said = "; ".join([f"{path.name}, for a processor with {capability}", *failed])
             return library, f"{said}; {_repair()}" if failed else said
     return None, "; ".join([*failed, _repair()] if failed else ["none were built", _repair()])
+
+
+def _levels(capability: str) -> tuple[str, ...]:
+    """Instruction sets to look for, best first; torch names none beyond AVX512."""
+    levels = _LEVELS.get(capability, ("baseline",))
+    rounds_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return ("avx512bf16", *levels) if capability == "AVX512" and rounds_bfloat16 else levels
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -12,10 +12,12 @@
 #include <vector>
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__GNUC__)
-#include <immintrin.h>
 #define NORMLAB_MASKS 1 // loads and stores of some lanes only
 #else
 #define NORMLAB_MASKS 0
+#endif
+#if defined(__AVX2__) && defined(__GNUC__)
+#include <immintrin.h>
 #endif
 
 namespace {
@@ -87,7 +89,14 @@ template <class R> inline void put(R *p, V<R> v) { std::memcpy(p, &v, sizeof v);
 
 #if defined(__GNUC__)
 inline floats widened(halves h) {
-  return same_bits<floats>(__builtin_convertvector(h, words) << 16);
+#if NORMLAB_MASKS // compilers convert the two halves apart; unmasked, GCC warns of its own header
+  words w = same_bits<words>(_mm512_maskz_cvtepu16_epi32(0xffff, same_bits<__m256i>(h)));
+#elif defined(__AVX2__)
+  words w = same_bits<words>(_mm256_cvtepu16_epi32(same_bits<__m128i>(h)));
+#else
+  words w = __builtin_convertvector(h, words);
+#endif
+  return same_bits<floats>(w << 16);
 }
 inline halves narrowed(floats v) {
 #if defined(__AVX512BF16__)

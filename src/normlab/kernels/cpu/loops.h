@@ -1,0 +1,147 @@
+// The innermost loops: runs of contiguous elements with one line for all of them, and matrices of
+// contiguous channels, a line each, with a stride from row to row. All are
+//   z = x - mu,  u = z a + b,  y = act(u),  g = dL/du,  dx = g p1 - (x - mub) k - h.
+// Sums are added to vectors of lanes in R; who calls keeps them short.
+
+#pragma once
+
+#include "common.h"
+
+namespace {
+
+// Coefficients, one each a channel.
+template <class R> struct Lines {
+  R *mu, *a, *b, *tau, *p1, *mub, *k, *h;
+};
+
+// --- runs: one line -----------------------------------------------------------------------------
+
+// Sums of z and z^2, z = x - shift.
+template <class T, class R> inline void run_moments(const T *x, i64 n, R shift, R *sums) {
+  const V<R> k = all<R>(shift);
+  V<R> s0 = take<R>(sums), q0 = take<R>(sums + LANES<R>), s1{}, q1{};
+  i64 i = 0;
+  for (; i + 2 * LANES<R> <= n; i += 2 * LANES<R>) {
+    V<R> z = take<R>(x + i) - k, w = take<R>(x + i + LANES<R>) - k;
+    s0 += z, q0 += z * z;
+    s1 += w, q1 += w * w;
+  }
+  sweep<R>(n - i, [&](i64 j, auto at) {
+    V<R> z = at.read(x + i + j, k) - k;
+    s0 += z, q0 += z * z;
+  });
+  put<R>(sums, s0 + s1), put<R>(sums + LANES<R>, q0 + q1);
+}
+
+template <int A, class T, class R>
+inline void run_apply(const T *x, T *y, i64 n, const Lines<R> &l, i64 c) {
+  const V<R> mu = all<R>(l.mu[c]), a = all<R>(l.a[c]), b = all<R>(l.b[c]), tau = all<R>(l.tau[c]);
+  sweep<R>(n, [&](i64 i, auto at) {
+    at.write(y + i, activate<A, V<R>>((at.read(x + i, mu) - mu) * a + b, tau));
+  });
+}
+
+// Sums of g, g z, and of dy where the threshold holds.
+template <int A, class T, class R>
+inline void run_sums(const T *x, const T *dy, i64 n, const Lines<R> &l, i64 c, R *sums) {
+  const V<R> mu = all<R>(l.mu[c]), a = all<R>(l.a[c]), b = all<R>(l.b[c]), tau = all<R>(l.tau[c]);
+  V<R> s0 = take<R>(sums), s1 = take<R>(sums + LANES<R>), s2 = take<R>(sums + 2 * LANES<R>);
+  sweep<R>(n, [&](i64 i, auto at) {
+    V<R> z = at.read(x + i, mu) - mu, d = at.read(dy + i, V<R>{});
+    V<R> g = slope<A, V<R>>(z * a + b, tau, d);
+    s0 += g, s1 += g * z;
+    if (A == TLU) s2 += d - g;
+  });
+  put<R>(sums, s0), put<R>(sums + LANES<R>, s1), put<R>(sums + 2 * LANES<R>, s2);
+}
+
+template <int A, class T, class R>
+inline void run_gradient(const T *x, const T *dy, T *dx, i64 n, const Lines<R> &l, i64 c) {
+  const V<R> mu = all<R>(l.mu[c]), a = all<R>(l.a[c]), b = all<R>(l.b[c]), tau = all<R>(l.tau[c]);
+  const V<R> p1 = all<R>(l.p1[c]), mub = all<R>(l.mub[c]), k = all<R>(l.k[c]), h = all<R>(l.h[c]);
+  sweep<R>(n, [&](i64 i, auto at) {
+    V<R> v = at.read(x + i, mu);
+    V<R> g = slope<A, V<R>>((v - mu) * a + b, tau, at.read(dy + i, V<R>{}));
+    // Where nothing flows through M, what x holds does not matter, be it NaN.
+    at.write(dx + i, g * p1 - (k != V<R>{} ? (v - mub) * k : V<R>{}) - h);
+  });
+}
+
+// --- matrices: a line each column ---------------------------------------------------------------
+
+// f(row, count), four rows at a time where they are short and share what is read of each channel.
+// Four long ones would be four streams, which the prefetcher of a processor does not follow.
+template <class T, class F> inline void row_by_row(i64 rows, i64 c, F f) {
+  const bool narrow = c * i64(sizeof(T)) <= 128;
+  i64 r = 0;
+  for (; r + 4 <= rows && narrow; r += 4) f(r, std::integral_constant<int, 4>{});
+  for (; r < rows; r++) f(r, std::integral_constant<int, 1>{});
+}
+
+template <class T, class R>
+inline void matrix_moments(const T *x, i64 xp, i64 rows, i64 c, const R *shift, R *s0, R *s1) {
+  row_by_row<T>(rows, c, [&](i64 r, auto count) {
+    sweep<R>(c, [&](i64 j, auto at) {
+      V<R> k = take<R>(shift + j), s = take<R>(s0 + j), q = take<R>(s1 + j);
+      for (int i = 0; i < count; i++) {
+        V<R> z = at.read(x + (r + i) * xp + j, k) - k;
+        s += z, q += z * z;
+      }
+      put<R>(s0 + j, s), put<R>(s1 + j, q);
+    });
+  });
+}
+
+template <int A, class T, class R>
+inline void matrix_apply(const T *x, i64 xp, T *y, i64 yp, i64 rows, i64 c, Lines<R> l) {
+  row_by_row<T>(rows, c, [&](i64 r, auto count) {
+    sweep<R>(c, [&](i64 j, auto at) {
+      V<R> mu = take<R>(l.mu + j), a = take<R>(l.a + j), b = take<R>(l.b + j);
+      V<R> tau = take<R>(l.tau + j);
+      for (int i = 0; i < count; i++) {
+        V<R> u = (at.read(x + (r + i) * xp + j, mu) - mu) * a + b;
+        at.write(y + (r + i) * yp + j, activate<A, V<R>>(u, tau));
+      }
+    });
+  });
+}
+
+template <int A, class T, class R>
+inline void matrix_sums(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c,
+                        Lines<R> l, R *s0, R *s1, R *s2) {
+  row_by_row<T>(rows, c, [&](i64 r, auto count) {
+    sweep<R>(c, [&](i64 j, auto at) {
+      V<R> mu = take<R>(l.mu + j), a = take<R>(l.a + j), b = take<R>(l.b + j);
+      V<R> tau = take<R>(l.tau + j), sg = take<R>(s0 + j), sz = take<R>(s1 + j), st{};
+      for (int i = 0; i < count; i++) {
+        V<R> z = at.read(x + (r + i) * xp + j, mu) - mu;
+        V<R> d = at.read(dy + (r + i) * gp + j, V<R>{});
+        V<R> g = slope<A, V<R>>(z * a + b, tau, d);
+        sg += g, sz += g * z;
+        if (A == TLU) st += d - g;
+      }
+      put<R>(s0 + j, sg), put<R>(s1 + j, sz);
+      if (A == TLU) put<R>(s2 + j, take<R>(s2 + j) + st);
+    });
+  });
+}
+
+template <int A, class T, class R>
+inline void matrix_gradient(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i64 rows,
+                            i64 c, Lines<R> l) {
+  row_by_row<T>(rows, c, [&](i64 r, auto count) {
+    sweep<R>(c, [&](i64 j, auto at) {
+      V<R> mu = take<R>(l.mu + j), a = take<R>(l.a + j), b = take<R>(l.b + j);
+      V<R> tau = take<R>(l.tau + j), p1 = take<R>(l.p1 + j), mub = take<R>(l.mub + j);
+      V<R> k = take<R>(l.k + j), h = take<R>(l.h + j);
+      for (int i = 0; i < count; i++) {
+        V<R> v = at.read(x + (r + i) * xp + j, mu), d = at.read(dy + (r + i) * gp + j, V<R>{});
+        V<R> g = slope<A, V<R>>((v - mu) * a + b, tau, d);
+        V<R> dv = g * p1 - (k != V<R>{} ? (v - mub) * k : V<R>{}) - h;
+        at.write(dx + (r + i) * yp + j, dv);
+      }
+    });
+  });
+}
+
+} // namespace
