@@ -4,7 +4,8 @@
     python benchmarks/everything.py --short    # `make bench-short`: two minutes, prints its tables
 
 Threads and allocator are fixed when a process starts, so each part is a process of its own: layers
-with one thread and with two, where there are two cores, training steps, and accuracy in bfloat16.
+with one thread and with two, where there are two cores, training steps, accuracy in bfloat16, and
+what a call costs, which is printed alone.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def parts(short: bool, out: Path, cores: int) -> list[list[str]]:
             for layout in ("nchw", "channels_last")
         ]
     lines.append(["accuracy.py"])
-    return [[str(HERE / script), *words, "--out", str(out)] for script, *words in lines]
+    recorded = [[*line, "--out", str(out)] for line in lines]
+    return [[str(HERE / script), *words] for script, *words in [*recorded, ["overhead.py"]]]
 
 
 def run(line: list[str]) -> int:

@@ -345,7 +345,7 @@ def test_slower_cells_are_named_with_what_is_faster(modules):
 def test_everything_runs_each_thread_count_that_there_are_cores_for(modules, tmp_path):
     def threads(cores, short):
         lines = modules.everything.parts(short, tmp_path, cores)
-        assert all(line[-2:] == ["--out", str(tmp_path)] for line in lines)
+        assert all(line[-2:] == ["--out", str(tmp_path)] for line in lines[:-1])
         assert all(Path(line[0]).is_file() for line in lines)
         layers = [line for line in lines if line[0].endswith("layers.py")]
         assert all(("--resume" in line) is not short for line in layers)
