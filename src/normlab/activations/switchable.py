@@ -14,6 +14,7 @@ from normlab.core.operation import Standardize
 from normlab.core.partition import Layout
 from normlab.core.recovery import Affine
 from normlab.core.statistics import Current, Running
+from normlab.kernels.cpu import maps
 from normlab.kernels.reference import Moments, accumulated, divisor, masked, members, total
 
 Over = Literal["instance", "layer", "batch"]
@@ -95,27 +96,44 @@ class SwitchableNorm(Normalize):
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim)
         if self._measures:
             self._check_members(layout, synchronized=False)
+        given = (self.mean_weight, self.var_weight, self.weight, self.bias)
+        if self.statistics.reduce is None and maps.supports(x, given, mask):
+            return self._by_maps(x, layout, measured)
         mask = None if mask is None else layout.per_position(mask)
         # z is what both σ² and y are made of, so that it alone is kept for the gradient.
         z, instance = _of_maps(x, mask, layout)
-        parts = {"instance": instance}
-        if "layer" in self.over:
-            parts["layer"] = _merged(instance, layout.names.index("c"))
+        batch = None
         if "batch" in self.over and self._measures:
-            parts["batch"] = _merged(instance, 0)
-            measured.append((layout, _detached(parts["batch"])))
+            batch = _merged(instance, 0)
+            measured.append((layout, _detached(batch)))
         if "batch" in self.over and self._uses_stored:
-            parts["batch"], _ = self._from_stored(layout, self.eps)
-        means, variances = zip(*(parts[k][:2] for k in self.over), strict=True)
-        # x − Σw·μ = z + Σw·(μ_instance − μ): differences, which do not lose a large mean's digits.
-        shift = _mixture(self.mean_weight, [instance.mean - mean for mean in means])
-        scale = (_mixture(self.var_weight, variances) + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * layout.per_channel(self.weight)
-        offset = shift * scale
-        if self.bias is not None:
-            offset = offset + layout.per_channel(self.bias)
+            batch, _ = self._from_stored(layout, self.eps)
+        parts = _parts(self.over, instance, layout.names.index("c"), batch)
+        affine = (None if p is None else layout.per_channel(p) for p in (self.weight, self.bias))
+        scale, offset = _line(parts, instance, self.eps, self.mean_weight, self.var_weight, *affine)
         return masked(torch.addcmul(offset, z, scale), mask).to(x.dtype)
+
+    def _by_maps(self, x: Tensor, layout: Layout, measured: list[tuple[Layout, Moments]]) -> Tensor:
+        """The same by compiled kernels: a line for each map."""
+        own = maps.MAPS.bind(x.shape, channel_dim=self.channel_dim)
+        over, eps, stored = self.over, float(self.eps), None
+        if "batch" in over and self._uses_stored:
+            given, _ = self._from_stored(layout, eps)
+            assert given.mean is not None
+            assert given.moment is not None
+            stored = Moments(given.mean.view(1, -1), given.moment.view(1, -1), layout.members)
+
+        def middle(mean: Tensor, variance: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+            instance = Moments(mean, variance, own.members)
+            return _line(_parts(over, instance, 1, stored), instance, eps, *parameters)
+
+        y, means, variances = maps.fused(
+            "line", x, own, middle, self.mean_weight, self.var_weight, self.weight, self.bias
+        )
+        if "batch" in over and self._measures:
+            mean, variance = (layout.from_stored(t[0]) for t in maps.merged(means, variances, 0))
+            measured.append((layout, Moments(mean, variance, layout.members)))
+        return y
 
     def extra_repr(self) -> str:
         """Print the pattern in force and the options that matter."""
@@ -160,6 +178,38 @@ def _merged(maps: Moments, dim: int) -> Moments:
     # The mean once more, from differences.
     middle = middle + total(weights * (mean - middle), (dim,))
     return Moments(middle, total(weights * (variance + (mean - middle) ** 2), (dim,)), whole)
+
+
+def _parts(
+    over: Sequence[Over], instance: Moments, channels: int, batch: Moments | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance of each part; `batch` where it is not to be taken from the maps."""
+    parts = []
+    for name in over:
+        given = instance
+        if name == "layer":
+            given = _merged(instance, channels)
+        elif name == "batch":
+            given = _merged(instance, 0) if batch is None else batch
+        assert given.mean is not None
+        assert given.moment is not None
+        parts.append((given.mean, given.moment))
+    return parts
+
+
+def _line(
+    parts: Sequence[tuple[Tensor, Tensor]], instance: Moments, eps: Tensor | float,
+    mean_weight: Tensor, var_weight: Tensor, weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Scale and offset with y = (x − μ_instance)·scale + offset."""
+    means, variances = zip(*parts, strict=True)
+    # x − Σw·μ = z + Σw·(μ_instance − μ): differences, which do not lose a large mean's digits.
+    shift = _mixture(mean_weight, [instance.mean - mean for mean in means])
+    scale = (_mixture(var_weight, variances) + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    offset = shift * scale
+    return scale, offset if bias is None else offset + bias
 
 
 def _detached(given: Moments) -> Moments:

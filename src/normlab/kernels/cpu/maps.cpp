@@ -161,6 +161,11 @@ void sum_row(const T *x, const T *dy, i64 p, const Numbers<R> &of, double *sums,
   }
 }
 
+// What flows through the moments; where nothing does, what x holds does not matter, be it NaN.
+template <class R> inline R through(R x, R mu, R k, R h) {
+  return (k != R(0) ? (x - mu) * k : R(0)) + h;
+}
+
 template <class F, class T, class R>
 void gradient_row(const T *x, const T *dy, T *dx, i64 p, const Numbers<R> &of) {
   const R mu = of.mean[0], a = of.a[0], b = of.b[0], v = number<F, 3>(of.v, 0);
@@ -168,7 +173,7 @@ void gradient_row(const T *x, const T *dy, T *dx, i64 p, const Numbers<R> &of) {
 #pragma omp simd
   for (i64 i = 0; i < p; i++) {
     R e = load(x, i);
-    store(dx, i, F::template slope<0>(e, mu, R(load(dy, i)), a, b, v, d, s) + (e - mu) * k + h);
+    store(dx, i, F::template slope<0>(e, mu, R(load(dy, i)), a, b, v, d, s) + through(e, mu, k, h));
   }
 }
 
@@ -222,7 +227,8 @@ void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i6
 #pragma omp simd
     for (i64 j = 0; j < c; j++) {
       R e = load(x, j), g = load(dy, j);
-      store(dx, j, F::template slope<0>(e, mu[j], g, COEFFICIENTS(j)) + (e - mu[j]) * k[j] + h[j]);
+      R direct = F::template slope<0>(e, mu[j], g, COEFFICIENTS(j));
+      store(dx, j, direct + through(e, mu[j], k[j], h[j]));
     }
 }
 
