@@ -93,7 +93,7 @@ def supports(x: Tensor, parameters: Sequence[Tensor | None], mask: Tensor | None
     """
     return (
         mask is None
-        and bool(dispatch.compiled())
+        and call in dispatch.compiled()
         and x.numel() > 0
         and function.readable(x, 0, (), parameters)
     )
