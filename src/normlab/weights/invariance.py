@@ -18,18 +18,17 @@ hide a dependence, so at c = 1 it must be under `loose`, where they do not.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import random
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from normlab.core.randomness import reseed, same_random_state
+from normlab.core.structure import mapped, tensors
 from normlab.weights import units
 
 Kind = Literal["filter", "layer"]
@@ -62,34 +61,6 @@ class Tolerance:
     strict: float = 1e-4
 
 
-def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to the tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(v, function) for v in value))
-    if isinstance(value, tuple | list):
-        return type(value)(mapped(v, function) for v in value)
-    if isinstance(value, Mapping):
-        return {k: mapped(v, function) for k, v in value.items()}
-    return value
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Walk over the tensors in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors(part)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from tensors(part)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from tensors(getattr(value, field.name))
-
-
 def captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Copy what the test needs of a forward pass: a few samples, and the modules' modes."""
     given = [t for t in tensors((args, kwargs)) if t.ndim]
@@ -102,43 +73,6 @@ def captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
     modes = {name: m.training for name, m in model.named_modules()}
     return Call(mapped(args, taken), mapped(kwargs, taken), modes)
-
-
-def _accelerators(model: nn.Module) -> set[torch.device]:
-    return {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-
-
-def _seed(model: nn.Module) -> None:
-    """Seed what a forward pass might draw from, and what `same_random_state` puts back.
-
-    ``torch.manual_seed`` would seed accelerators that the model is not on as well.
-    """
-    torch.default_generator.manual_seed(0)
-    for device in _accelerators(model):
-        with torch.accelerator.device_index(device.index or 0):
-            torch.get_device_module(device).manual_seed(0)
-    random.seed(0)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(0)
-
-
-@contextlib.contextmanager
-def same_random_state(model: nn.Module) -> Iterator[None]:
-    """Put back every generator that a forward pass might draw from."""
-    places = _accelerators(model)
-    kinds = sorted({d.type for d in places}) or ["cuda"]
-    numpy = sys.modules.get("numpy")
-    plain, arrays = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        with contextlib.ExitStack() as stack:
-            for kind in kinds:
-                indices = [d.index or 0 for d in places if d.type == kind]
-                stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
-            yield
-    finally:
-        random.setstate(plain)
-        if numpy is not None:
-            numpy.random.set_state(arrays)
 
 
 def scale_invariant(
@@ -228,7 +162,7 @@ class _Trial:
             count = len(rows) if kind == "filter" else 1
             drawn = torch.rand(count, 1, generator=self.factors, dtype=torch.float64, device="cpu")
             weight.copy_(at.undo(rows * (1.5 + 1.5 * drawn).to(rows.device)))
-        _seed(model)
+        reseed(model)
         kind_of_device = next(iter(model.parameters())).device.type
         with torch.autocast(kind_of_device, enabled=False):
             given = mapped(self.call, lambda t: t.double() if t.is_floating_point() else t)

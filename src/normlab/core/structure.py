@@ -1,0 +1,37 @@
+"""Tensors inside nested tuples, lists, mappings and dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Apply a function to the tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(v, function) for v in value))
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(v, function) for v in value)
+    if isinstance(value, Mapping):
+        return {k: mapped(v, function) for k, v in value.items()}
+    return value
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Walk over the tensors in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from tensors(part)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name))

@@ -1,0 +1,1 @@
+"""Probes of a model that leave no trace in it."""

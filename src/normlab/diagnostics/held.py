@@ -1,0 +1,123 @@
+"""Measuring a model without leaving a trace in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normlab.core.stored import StoringLayer
+
+Mode = Literal["train", "stored", "eval", "as_is"]
+MODES: tuple[Mode, ...] = ("train", "stored", "eval", "as_is")
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a module normalizes with statistics that it stores, in evaluation at least.
+
+    Args:
+        module: Any module, of this package or not.
+
+    Returns:
+        True where it has a buffer named ``running_…``, as torch's own layers have.
+
+    Example:
+        >>> [keeps_statistics(m) for m in (nn.BatchNorm1d(2), nn.LayerNorm(2))]
+        [True, False]
+    """
+    buffers = module.named_buffers(recurse=False)
+    return any(name.startswith("running_") for name, _ in buffers)
+
+
+@contextlib.contextmanager
+def held(model: nn.Module, mode: Mode = "as_is") -> Iterator[nn.Module]:
+    """Put a model into a mode; on leaving, put back all that its modules hold, bit for bit.
+
+    Parameters must not be written to inside. Everything else may change: buffers, attributes,
+    modes, lists of a module's own.
+
+    Args:
+        model: Any module.
+        mode: ``"train"``: every module as in training, so that normalizers take the batch's
+            statistics and dropout drops. ``"stored"``: as in training, but normalizers that store
+            statistics use the stored ones. ``"eval"``: as in evaluation. ``"as_is"``: each module
+            as it stands.
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError: If the mode is another word.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(2)
+        >>> with held(layer, "train"):
+        ...     _ = layer(torch.randn(5, 2))
+        >>> layer.running_mean
+        tensor([0., 0.])
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is one of {', '.join(MODES)}; received {mode!r}")
+    before = [_Snapshot(module) for module in model.modules()]
+    try:
+        _set(model, mode)
+        yield model
+    finally:
+        for snapshot in before:
+            snapshot.restore()
+
+
+def _set(model: nn.Module, mode: Mode) -> None:
+    if mode == "as_is":
+        return
+    model.train(mode != "eval")
+    for module in model.modules() if mode == "stored" else ():
+        if isinstance(module, StoringLayer) and module.stored_names:
+            module.use, module.update = "stored", False
+        elif keeps_statistics(module):
+            module.eval()
+
+
+class _Snapshot:
+    """What a module holds: attributes, the contents of its containers, values of its tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(vars(module))
+        self.contents = {k: v.copy() for k, v in self.attributes.items() if _container(v)}
+        held = [*module._buffers.values(), *self.attributes.values()]
+        self.tensors = [(t, t.detach().clone()) for t in held if _plain(t)]
+
+    def restore(self) -> None:
+        """Put everything back, into the same objects."""
+        vars(self.module).clear()
+        vars(self.module).update(self.attributes)
+        for name, content in self.contents.items():
+            container = self.attributes[name]
+            container.clear()
+            container.extend(content) if hasattr(container, "extend") else container.update(content)
+        with torch.no_grad():
+            for tensor, value in self.tensors:
+                # Not where nothing was written: a graph that needs the tensor shall stay valid.
+                if not _same(tensor, value):
+                    tensor.copy_(value)
+
+
+def _container(value: Any) -> bool:
+    return isinstance(value, list | dict | set | deque)
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_meta
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits."""
+    if a.shape != b.shape:  # resized in place
+        a.resize_(b.shape)
+        return False
+    return torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))

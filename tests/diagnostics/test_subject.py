@@ -1,0 +1,228 @@
+"""Measuring leaves no trace: parameters, buffers, gradients, modes, attributes, random state."""
+
+import random
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import normlab as nl
+from normlab.diagnostics.held import held, keeps_statistics
+from normlab.diagnostics.subject import Subject
+
+
+class Odd(nn.Module):
+    """State of every kind that a module may change in a forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("low", torch.tensor([float("nan"), -0.0], dtype=torch.bfloat16))
+        self.seen, self.recent, self.names = [], deque([1], maxlen=2), {"a": 1}
+        self.cache = torch.zeros(2)
+        self.flag = False
+        self.w = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        self.count += 1
+        self.low.fill_(1.0)
+        self.seen.append(len(self.seen))
+        self.recent.append(2)
+        self.names["b"] = 2
+        self.cache.add_(1)
+        self.flag = True
+        self.late = "set"
+        if "extra" not in self._buffers:
+            self.register_buffer("extra", torch.ones(1))
+        random.random()
+        np.random.random()  # noqa: NPY002
+        return x * self.w + torch.randn(3)
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(3, 3), nn.BatchNorm1d(3), Odd(), nl.BatchNorm(3), nn.Dropout(0.5),
+        nl.norm("batch_renorm", 3), nl.norm("cross_iteration_batch", 3), nn.Linear(3, 2),
+    )  # fmt: skip
+
+
+def traces(model):
+    """All that a model holds, as bytes and words."""
+    found = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                value = value.numpy().tobytes()
+            elif key in ("_parameters", "_buffers"):
+                value = {
+                    k: None
+                    if t is None
+                    else t.detach().view(torch.uint8).numpy().tobytes()
+                    if t.ndim
+                    else t.detach().clone()
+                    for k, t in value.items()
+                }
+            else:
+                value = repr(value)
+            found[name, key] = value
+    found["grads"] = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    found["identity"] = [id(p.grad) for p in model.parameters()]
+    found["random"] = (
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        str(np.random.get_state()),
+    )
+    return found
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert str(a[key]) == str(b[key]), key
+
+
+@pytest.fixture
+def model():
+    model = network()
+    x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    nn.functional.cross_entropy(model(x), y).backward()  # gradients that must stay
+    model[1].eval()  # a mode of its own
+    return model
+
+
+@pytest.mark.parametrize("mode", ["train", "stored", "eval", "as_is"])
+def test_nothing_changes(model, mode):
+    x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    before = traces(model)
+    with Subject(model, nn.functional.cross_entropy, [(x, y)] * 2, mode=mode) as subject:
+        subject.gradient()
+        subject.loss()
+    same(traces(model), before)
+
+
+def test_nothing_changes_where_the_loss_fails(model):
+    def fails(output, target):
+        raise RuntimeError("mine")
+
+    batch = torch.randn(8, 3), None
+    before = traces(model)
+    with (
+        pytest.raises(RuntimeError, match="mine"),
+        Subject(model, fails, [batch]) as subject,
+    ):
+        subject.loss()
+    same(traces(model), before)
+
+
+def test_buffers_shared_with_a_graph_stay_usable():
+    """Nothing is written where nothing changed, so a waiting backward pass still works."""
+    layer = nn.BatchNorm1d(3).eval()
+    loss = layer(torch.randn(4, 3)).sum()
+    with held(layer, "eval"):
+        layer(torch.randn(4, 3))
+    loss.backward()
+
+
+def test_evaluations_repeat(model):
+    """The same statistics and random numbers each time: a function of the parameters."""
+    batch = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    with Subject(model, nn.functional.cross_entropy, [batch]) as subject:
+        assert subject.loss() == subject.loss()
+        moved = {k: p + 0.1 for k, p in subject.parameters.items()}
+        assert subject.loss(moved) != subject.loss()
+
+
+def test_modes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5)).eval()
+    x = torch.randn(64, 2) * 3 + 5
+
+    def mean(mode):
+        with held(model, mode):
+            y = model(x)
+        return bool((y == 0).any()), float(y.detach().abs().mean())
+
+    dropped, size = mean("train")
+    assert dropped
+    assert size < 1.5
+    dropped, size = mean("stored")
+    assert dropped
+    assert size > 3
+    dropped, size = mean("eval")
+    assert not dropped
+    assert size > 3
+    assert mean("as_is") == mean("eval")
+    with pytest.raises(ValueError, match="'batch'"), held(model, "batch"):
+        pass
+
+
+def test_stored_statistics_of_our_layers():
+    layer = nl.BatchNorm(2)
+    x = torch.randn(16, 2) * 3
+    with held(layer, "stored"):
+        assert layer.training
+        torch.testing.assert_close(layer(x), x / (1 + layer.eps) ** 0.5)
+    assert (layer.use, layer.update) == ("auto", "auto")
+    assert keeps_statistics(layer)
+    assert not keeps_statistics(nl.norm("layer", 2))
+
+
+def test_gradient_is_that_of_the_mean_loss(model):
+    model.eval()
+    batches = [(torch.randn(5, 3), torch.randint(0, 2, (5,))) for _ in range(2)]
+    with Subject(model, nn.functional.cross_entropy, batches, mode="eval") as subject:
+        found = subject.gradient()
+        at = subject.leaves()
+        exact = torch.autograd.grad(subject.loss(at), list(at.values()))
+    for g, e in zip(found.values(), exact, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+def test_batches_of_every_form():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(()))
+
+        def forward(self, a, b):
+            return self.w * a + b
+
+    a, b, y = torch.ones(2), torch.zeros(2), torch.ones(2)
+    mse = nn.functional.mse_loss
+    for batch in (((a, b), y), ({"a": a, "b": b}, y)):
+        with Subject(Two(), mse, [batch]) as subject:
+            assert subject.loss() == 0
+    with Subject(Two(), lambda out, batch: mse(out, batch["a"]), [{"a": a, "b": b}]) as subject:
+        assert subject.loss() == 0
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "received none"),
+        ((torch.ones(2, 3), torch.ones(2)), "received a single one"),
+        ({"x": torch.ones(2)}, "received a single one"),
+    ],
+)
+def test_wrong_batches(batches, message):
+    with pytest.raises(ValueError, match=message):
+        Subject(nn.Linear(3, 1), nn.functional.mse_loss, batches)
+
+
+def test_wrong_uses():
+    layer, x = nn.Linear(3, 1), torch.ones(2, 3)
+    subject = Subject(layer, lambda out, y: out, [(x, None)])
+    with pytest.raises(RuntimeError, match="with block"):
+        subject.loss()
+    with subject, pytest.raises(ValueError, match=r"one number.*\(2, 1\)"):
+        subject.loss()
+    with pytest.raises(ValueError, match="unfreeze"):
+        Subject(layer.requires_grad_(False), None, [(x, x)])
+    with (
+        Subject(nn.Linear(3, 1), nn.functional.mse_loss, [x]) as wrong,
+        pytest.raises(ValueError, match="a batch is a pair"),
+    ):
+        wrong.loss()
