@@ -73,7 +73,7 @@ def traces(model):
     found["random"] = (
         torch.get_rng_state().tolist(),
         random.getstate(),
-        str(np.random.get_state()),
+        str(np.random.get_state()),  # noqa: NPY002
     )
     return found
 
