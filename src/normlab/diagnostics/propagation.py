@@ -85,7 +85,9 @@ def _one(subject: Subject, batch: object, samples: int) -> dict[str, _Seen]:
         seen = found[name] = _measured(name, module, y, len(found), samples)
         if y.requires_grad:
             # The gradient of the value that is seen here, even if it is written to later.
-            y.register_hook(lambda g: seen.gradient.append(float(g.detach().double().norm())))
+            y.register_hook(  # type: ignore[no-untyped-call]
+                lambda g: seen.gradient.append(float(g.detach().double().norm()))
+            )
 
     at = subject.leaves()
     with watched(subject.model, see):
@@ -126,7 +128,7 @@ def _angles(rows: Tensor) -> tuple[float, float, float]:
 
 def _averaged(runs: list[_Seen]) -> Layer:
     def mean(name: str) -> float:
-        return sum(getattr(run.layer, name) for run in runs) / len(runs)
+        return float(sum(getattr(run.layer, name) for run in runs) / len(runs))
 
     gradients = [run.gradient[0] if run.gradient else float("nan") for run in runs]
     alive = torch.stack([run.alive for run in runs]).any(0)

@@ -112,7 +112,7 @@ class Subject:
             raise RuntimeError("use a Subject in a with block, which puts the model back")
         state = {**self.constants, **self.parameters, **(parameters or {})}
         buffers = {k: b.clone() for k, b in self.model.named_buffers()}
-        args, kwargs, target = _arguments(batch)
+        args, kwargs, target = arguments(batch)
         reseed(self.model, self.seed)
         # The fused forms of attention have no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
@@ -164,7 +164,7 @@ def _taken(batches: Iterable[Any], limit: int | None) -> list[Any]:
     return taken
 
 
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """Positional and keyword arguments of the model, and what the loss compares with."""
     if isinstance(batch, Mapping):
         return (), dict(batch), batch
