@@ -1,0 +1,301 @@
+"""What normalizers do to a sample that depends on its company, and on training or evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normlab.diagnostics.held import held, keeps_statistics
+from normlab.diagnostics.subject import Subject
+from normlab.diagnostics.subject import outputs as floating
+from normlab.diagnostics.watch import by_channel, channel_dim, watched
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Stored statistics of one normalizer beside those of the population that it met.
+
+    Attributes:
+        name: Dotted name.
+        mean: Largest |μ_stored − μ|/σ over channels; nan where no mean is stored.
+        variance: The ratio σ²_stored/σ² farthest from 1, of all channels; nan where no variance
+            is stored.
+        channel: The channel of that ratio.
+        discrepancy: ‖y_eval − y_train‖/‖y_train‖ over the batches, of this layer alone, both on
+            the inputs that it met.
+    """
+
+    name: str
+    mean: float
+    variance: float
+    channel: int
+    discrepancy: float
+
+
+def stored(subject: Subject) -> list[Stored]:
+    """Hold the stored statistics of normalizers against those of their inputs.
+
+    The population is all batches together: its variance counts what lies between batches, which
+    an average of the batches' variances leaves out. Inputs are those of the subject's mode.
+
+    Args:
+        subject: An entered `Subject`.
+
+    Returns:
+        One for each normalizer that stores statistics and ran, in order of execution.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(2)
+        >>> layer.running_var.fill_(4)
+        tensor([4., 4.])
+        >>> x = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+        >>> with Subject(layer, nn.functional.mse_loss, [(x, x)]) as subject:
+        ...     stored(subject)[0].variance
+        4.0
+    """
+    found: dict[str, list[Tensor]] = {}
+    differences: dict[str, list[float]] = {}
+
+    def see(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        if not keeps_statistics(module):
+            return
+        rows = by_channel(x.detach(), channel_dim(module, x)).double()
+        found.setdefault(name, []).append(_moments(rows))
+
+    with torch.no_grad():
+        inputs = _inputs(subject, keeps_statistics, see)
+        for name, xs in inputs.items():
+            module = subject.model.get_submodule(name)
+            differences[name] = [_discrepancy(module, x) for x in xs]
+    return [
+        _compared(name, subject.model.get_submodule(name), parts, differences[name])
+        for name, parts in found.items()
+    ]
+
+
+def _inputs(
+    subject: Subject,
+    wanted: Callable[[nn.Module], bool],
+    see: Callable[[str, nn.Module, Tensor, Tensor], None] | None = None,
+) -> dict[str, list[Tensor]]:
+    """Inputs of normalizers, batch by batch."""
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        if wanted(module):
+            found.setdefault(name, []).append(x.detach())
+            if see is not None:
+                see(name, module, x, y)
+
+    with watched(subject.model, keep):
+        for batch in subject.batches:
+            subject.evaluate(batch)
+    return found
+
+
+def _moments(rows: Tensor) -> Tensor:
+    """Count, mean and sum of squares about it, (3, C)."""
+    mean = rows.mean(1)
+    squares = (rows - mean[:, None]).square().sum(1)
+    return torch.stack([torch.full_like(mean, rows.shape[1]), mean, squares])
+
+
+def population(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the union of batches.
+
+    Args:
+        parts: For each batch (3, C): count, mean, and sum of squares about it.
+
+    Returns:
+        μ and σ², each (C,).
+    """
+    count, mean, squares = parts[0]
+    for n, m, s in parts[1:]:
+        total = count + n
+        squares = squares + s + (m - mean).square() * count * n / total
+        mean = mean + (m - mean) * n / total
+        count = total
+    return mean, squares / count
+
+
+def _compared(
+    name: str, module: nn.Module, parts: list[Tensor], differences: list[float]
+) -> Stored:
+    mean, variance = population(parts)
+    kept = dict(module.named_buffers(recurse=False))
+    off = ratio = math.nan
+    channel = -1
+    if (running := kept.get("running_mean")) is not None and running.numel() == len(mean):
+        shift = (running.double().reshape(-1) - mean).abs() / variance.sqrt()
+        off = float(shift.nan_to_num(0.0).max())
+    if (running := kept.get("running_var")) is not None and running.numel() == len(variance):
+        ratios = running.double().reshape(-1) / variance
+        channel = int(ratios.log().abs().nan_to_num(0.0, posinf=1e300).argmax())
+        ratio = float(ratios[channel])
+    return Stored(name, off, ratio, channel, max(differences, default=math.nan))
+
+
+def _discrepancy(module: nn.Module, x: Tensor) -> float:
+    """Between the two modes of one layer on the same input."""
+    results = []
+    for mode in ("train", "eval"):
+        with held(module, mode):
+            try:
+                results.append(module(x).double())
+            except ValueError:  # a batch that is too small for training
+                return math.nan
+    return float((results[1] - results[0]).norm() / results[0].norm())
+
+
+@dataclass(frozen=True)
+class Discrepancy:
+    """How far the whole model's output moves between training and evaluation.
+
+    Attributes:
+        output: ‖f_eval − f_train‖/‖f_train‖ over the batches, dropout off in both.
+        loss_train: Mean loss with statistics of the batch.
+        loss_eval: Mean loss in evaluation.
+    """
+
+    output: float
+    loss_train: float
+    loss_eval: float
+
+
+def discrepancy(subject: Subject) -> Discrepancy:
+    """Compare the model with statistics of the batch and with stored ones; dropout is off in both.
+
+    Args:
+        subject: An entered `Subject`, in any mode.
+
+    Returns:
+        The comparison.
+    """
+    outputs: dict[str, list[Tensor]] = {"train": [], "eval": []}
+    losses: dict[str, list[float]] = {"train": [], "eval": []}
+    with torch.no_grad():
+        for mode in outputs:
+            with held(subject.model, "eval"):
+                for module in subject.model.modules() if mode == "train" else ():
+                    if keeps_statistics(module):
+                        module.train()
+                for batch in subject.batches:
+                    result = subject.evaluate(batch)
+                    outputs[mode].append(next(floating(result.output)).double().reshape(-1))
+                    losses[mode].append(float(result.loss))
+    a, b = (torch.cat(outputs[mode]) for mode in ("train", "eval"))
+    count = len(subject.batches)
+    return Discrepancy(
+        float((b - a).norm() / a.norm()), sum(losses["train"]) / count, sum(losses["eval"]) / count
+    )
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Stochastic normalization disturbance of one normalizer (Huang et al., CVPR 2020).
+
+    Attributes:
+        name: Dotted name.
+        batch_size: Samples that were normalized together.
+        disturbance: √ of the mean over samples and elements of the variance, over co-batches, of
+            the layer's output, divided by the output's deviation: 0 where samples are independent.
+        relative_to: The output's deviation.
+    """
+
+    name: str
+    batch_size: int
+    disturbance: float
+    relative_to: float
+
+
+def disturbance(
+    layer: nn.Module, pool: Tensor, batch_size: int, *, draws: int = 16, seed: int = 0
+) -> tuple[float, float]:
+    """Measure how much a layer's output for a sample depends on the samples beside it.
+
+    Args:
+        layer: A normalizer, measured in training mode.
+        pool: Samples to draw from, (M, …), M ≥ batch_size.
+        batch_size: Of the co-batches. Each draw splits a permutation of the pool into batches of
+            that size, so that every sample meets new company.
+        draws: Number of permutations.
+        seed: Of the permutations.
+
+    Returns:
+        √ of the mean variance of an output over draws, and the deviation of all outputs.
+
+    Raises:
+        ValueError: If the pool has fewer samples than a batch.
+
+    Example:
+        >>> x = torch.randn(64, 3)
+        >>> noise, size = disturbance(nn.LayerNorm(3), x, 8)
+        >>> noise < 1e-6 * size
+        True
+    """
+    whole = len(pool) // batch_size * batch_size if batch_size > 0 else 0
+    if not whole:
+        raise ValueError(
+            f"a co-batch takes {batch_size} of the pool's {len(pool)} samples; give more batches, "
+            "or a smaller batch_size"
+        )
+    draw = torch.Generator().manual_seed(seed)
+    mean = squares = seen = None
+    with torch.no_grad():
+        for _ in range(draws):
+            order = torch.randperm(len(pool), generator=draw)[:whole]
+            y = torch.zeros(pool.shape, dtype=torch.float64)
+            met = torch.zeros(len(pool), dtype=torch.float64)
+            for part in torch.split(order, batch_size):
+                with held(layer, "train"):
+                    y[part] = layer(pool[part]).double()
+                met[part] = 1
+            # Welford's recurrence, for each sample by how often it was drawn.
+            if mean is None:
+                mean, squares, seen = (
+                    torch.zeros_like(y),
+                    torch.zeros_like(y),
+                    torch.zeros_like(met),
+                )
+            assert squares is not None
+            assert seen is not None
+            seen = seen + met
+            share = (met / seen.clamp(min=1)).reshape(-1, *[1] * (pool.ndim - 1))
+            delta = y - mean
+            mean = mean + delta * share
+            now = met.reshape(share.shape)
+            squares = squares + now * delta * (y - mean)
+    assert mean is not None
+    assert squares is not None
+    assert seen is not None
+    often = seen >= 2
+    variance = squares[often] / (seen[often] - 1).reshape(-1, *[1] * (pool.ndim - 1))
+    size = float(mean[often].std(correction=0)) if bool(often.any()) else math.nan
+    return math.sqrt(float(variance.mean())) if variance.numel() else math.nan, size
+
+
+def noise(subject: Subject, batch_size: int, *, draws: int = 16) -> list[Noise]:
+    """Measure `disturbance` of each normalizer on the inputs that it meets.
+
+    Args:
+        subject: An entered `Subject`; the samples of all its batches are the pool.
+        batch_size: Of the co-batches.
+        draws: Permutations of the pool.
+
+    Returns:
+        One for each normalizer with stored statistics, in order of execution.
+    """
+    with torch.no_grad():
+        inputs = _inputs(subject, keeps_statistics)
+    found = []
+    for name, xs in inputs.items():
+        pool = torch.cat(xs)
+        value, size = disturbance(
+            subject.model.get_submodule(name), pool, batch_size, draws=draws, seed=subject.seed
+        )
+        found.append(Noise(name, batch_size, value / size if size else math.nan, size))
+    return found

@@ -1,0 +1,115 @@
+"""Stored statistics, modes and company of samples, against what is known."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import normlab as nl
+from normlab.diagnostics.stochasticity import discrepancy, disturbance, noise, population, stored
+from normlab.diagnostics.subject import Subject
+
+F = nn.functional
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nl.BatchNorm])
+def test_stored_statistics(norm):
+    """Sorted batches: the variance between them belongs to the population."""
+    layer = norm(2)
+    layer.running_mean.copy_(torch.tensor([1.0, -2.0]))
+    layer.running_var.copy_(torch.tensor([2.0, 3.0]))
+    x = torch.randn(12, 2, 3, 3, dtype=torch.float64).sort(0).values.float() + 0.5
+    batches = [(part, part) for part in x.split(4)]
+    with Subject(layer, F.mse_loss, batches) as subject:
+        (found,) = stored(subject)
+    rows = x.double().movedim(1, 0).flatten(1)
+    mean, variance = rows.mean(1), rows.var(1, correction=0)
+    off = ((torch.tensor([1.0, -2.0]) - mean).abs() / variance.sqrt()).max()
+    ratios = torch.tensor([2.0, 3.0]) / variance
+    far = int(ratios.log().abs().argmax())
+    assert math.isclose(found.mean, float(off), rel_tol=1e-6)
+    assert found.channel == far
+    assert math.isclose(found.variance, float(ratios[far]), rel_tol=1e-6)
+    worst = 0.0
+    for part, _ in batches:
+        train, evaluation = copy.deepcopy(layer).train()(part), copy.deepcopy(layer).eval()(part)
+        worst = max(worst, float(((evaluation - train).norm() / train.norm()).detach()))
+    assert math.isclose(found.discrepancy, worst, rel_tol=1e-4)
+
+
+def test_population_of_a_union():
+    x = torch.randn(3, 40, dtype=torch.float64)
+    parts = []
+    for part in x.split([7, 1, 32], 1):
+        mean = part.mean(1)
+        parts.append(torch.stack([torch.full((3,), part.shape[1]).double(), mean,
+                                  (part - mean[:, None]).square().sum(1)]))  # fmt: skip
+    mean, variance = population(parts)
+    torch.testing.assert_close(mean, x.mean(1))
+    torch.testing.assert_close(variance, x.var(1, correction=0))
+
+
+def test_other_stored_statistics_and_none():
+    model = nn.Sequential(
+        nl.norm("rms", 4), nl.norm("mean_only_batch", 4), nl.norm("batch_renorm", 4)
+    )
+    x = torch.randn(8, 4)
+    with Subject(model, F.mse_loss, [(x, x)]) as subject:
+        found = stored(subject)
+    assert [s.name for s in found] == ["1", "2"]
+    assert math.isnan(found[0].variance)
+    assert not math.isnan(found[0].mean)
+
+
+def test_modes_of_the_whole():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[1].running_var.fill_(100.0)
+    x, y = torch.randn(64, 3), torch.randint(0, 2, (64,))
+    with Subject(model, F.cross_entropy, [(x, y)]) as subject:
+        found = discrepancy(subject)
+    model.eval()
+    with torch.no_grad():
+        evaluation = model(x)
+        model[1].train()
+        train = model(x)
+    assert math.isclose(
+        found.output, float((evaluation - train).norm() / train.norm()), rel_tol=1e-5
+    )
+    assert math.isclose(found.loss_train, float(F.cross_entropy(train, y)), rel_tol=1e-5)
+    assert math.isclose(found.loss_eval, float(F.cross_entropy(evaluation, y)), rel_tol=1e-5)
+
+
+def test_disturbance_of_centering_alone():
+    """y = x − x̄ over b samples: for a given x, Var(x̄) = σ²·(b − 1)/b² in the other samples."""
+    torch.manual_seed(0)
+    pool = torch.randn(4096, 1, dtype=torch.float64)
+    layer = nl.norm("mean_only_batch", 1, affine=False)
+    for b in (4, 16):
+        found, _ = disturbance(layer, pool, b, draws=24)
+        expected = math.sqrt(float(pool.var()) * (b - 1) / b**2)
+        # 4096 samples and 24 draws: half a percent of sampling error, four deviations.
+        assert abs(found / expected - 1) < 0.02
+
+
+def test_disturbance_falls_with_the_batch_and_is_none_without_one():
+    torch.manual_seed(0)
+    pool = torch.randn(256, 4, 2, 2)
+    sizes = [disturbance(nn.BatchNorm2d(4), pool, b)[0] for b in (2, 8, 32, 128)]
+    assert sizes == sorted(sizes, reverse=True)
+    for layer in (nl.norm("group", 4), nl.norm("instance", 4)):
+        assert disturbance(layer, pool, 8)[0] < 1e-6  # rounding
+    with pytest.raises(ValueError, match="512 of the pool's 256"):
+        disturbance(nn.BatchNorm2d(4), pool, 512)
+
+
+def test_noise_of_a_network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+    batches = [(torch.randn(16, 1, 6, 6), torch.randint(0, 2, (16,))) for _ in range(2)]
+    with Subject(model, F.cross_entropy, batches) as subject:
+        (found,) = noise(subject, 4)
+    assert found.name == "1"
+    assert 0.01 < found.disturbance < 1
