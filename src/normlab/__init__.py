@@ -43,8 +43,11 @@ _WHERE = {
     "Running": "normlab.core.statistics",
     "statistics": "normlab.core.statistics",
     "check_normalizer": "normlab.conformance",
+    "diagnose": "normlab.diagnostics.diagnose",
+    "Recorder": "normlab.diagnostics.recorder",
+    "recalibrate": "normlab.surgery.recalibrate",
 }
-_MODULES = ("kernels", "networks", "data", "bench", "report")
+_MODULES = ("kernels", "networks", "data", "bench", "report", "diagnostics", "surgery")
 
 if TYPE_CHECKING:
     from normlab import kernels as kernels
@@ -70,9 +73,12 @@ if TYPE_CHECKING:
     from normlab.core.statistics import Renormalized as Renormalized
     from normlab.core.statistics import Running as Running
     from normlab.core.statistics import statistics as statistics
+    from normlab.diagnostics.diagnose import diagnose as diagnose
+    from normlab.diagnostics.recorder import Recorder as Recorder
     from normlab.discovery import catalogue as catalogue
     from normlab.discovery import norm as norm
     from normlab.gradients.apply import gradient as gradient
+    from normlab.surgery.recalibrate import recalibrate as recalibrate
     from normlab.weights.apply import unweight as unweight
     from normlab.weights.apply import weight as weight
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import normlab as nl
-from normlab.diagnostics.stochasticity import discrepancy, disturbance, noise, population, stored
+from normlab.diagnostics.stochasticity import discrepancy, disturbance, noise, stored
 from normlab.diagnostics.subject import Subject
 
 F = nn.functional
@@ -37,18 +37,6 @@ def test_stored_statistics(norm):
         train, evaluation = copy.deepcopy(layer).train()(part), copy.deepcopy(layer).eval()(part)
         worst = max(worst, float(((evaluation - train).norm() / train.norm()).detach()))
     assert math.isclose(found.discrepancy, worst, rel_tol=1e-4)
-
-
-def test_population_of_a_union():
-    x = torch.randn(3, 40, dtype=torch.float64)
-    parts = []
-    for part in x.split([7, 1, 32], 1):
-        mean = part.mean(1)
-        parts.append(torch.stack([torch.full((3,), part.shape[1]).double(), mean,
-                                  (part - mean[:, None]).square().sum(1)]))  # fmt: skip
-    mean, variance = population(parts)
-    torch.testing.assert_close(mean, x.mean(1))
-    torch.testing.assert_close(variance, x.var(1, correction=0))
 
 
 def test_other_stored_statistics_and_none():

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from normlab.core.population import Population
 from normlab.diagnostics.held import held, keeps_statistics
 from normlab.diagnostics.subject import Subject
 from normlab.diagnostics.subject import outputs as floating
-from normlab.diagnostics.watch import by_channel, channel_dim, watched
+from normlab.diagnostics.watch import channel_dim, watched
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,13 @@ def stored(subject: Subject) -> list[Stored]:
         ...     stored(subject)[0].variance
         4.0
     """
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, Population] = {}
     differences: dict[str, list[float]] = {}
 
     def see(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         if not keeps_statistics(module):
             return
-        rows = by_channel(x.detach(), channel_dim(module, x)).double()
-        found.setdefault(name, []).append(_moments(rows))
+        found.setdefault(name, Population()).add(x, channel_dim(module, x))
 
     with torch.no_grad():
         inputs = _inputs(subject, keeps_statistics, see)
@@ -72,8 +72,8 @@ def stored(subject: Subject) -> list[Stored]:
             module = subject.model.get_submodule(name)
             differences[name] = [_discrepancy(module, x) for x in xs]
     return [
-        _compared(name, subject.model.get_submodule(name), parts, differences[name])
-        for name, parts in found.items()
+        _compared(name, subject.model.get_submodule(name), seen, differences[name])
+        for name, seen in found.items()
     ]
 
 
@@ -97,35 +97,8 @@ def _inputs(
     return found
 
 
-def _moments(rows: Tensor) -> Tensor:
-    """Count, mean and sum of squares about it, (3, C)."""
-    mean = rows.mean(1)
-    squares = (rows - mean[:, None]).square().sum(1)
-    return torch.stack([torch.full_like(mean, rows.shape[1]), mean, squares])
-
-
-def population(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of the union of batches.
-
-    Args:
-        parts: For each batch (3, C): count, mean, and sum of squares about it.
-
-    Returns:
-        μ and σ², each (C,).
-    """
-    count, mean, squares = parts[0]
-    for n, m, s in parts[1:]:
-        total = count + n
-        squares = squares + s + (m - mean).square() * count * n / total
-        mean = mean + (m - mean) * n / total
-        count = total
-    return mean, squares / count
-
-
-def _compared(
-    name: str, module: nn.Module, parts: list[Tensor], differences: list[float]
-) -> Stored:
-    mean, variance = population(parts)
+def _compared(name: str, module: nn.Module, seen: Population, differences: list[float]) -> Stored:
+    mean, variance = seen.mean, seen.variance
     kept = dict(module.named_buffers(recurse=False))
     off = ratio = math.nan
     channel = -1

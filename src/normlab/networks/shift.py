@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from normlab.core.population import Population
+
 # They keep mean and variance, so that the formula is not theirs.
 _KEEPING = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -31,36 +33,11 @@ class Shift(NamedTuple):
     evaluation; None where the input is not the direct output of a dropout layer."""
 
 
-class _Moments:
-    """Mean and variance per channel of all values seen, in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = torch.zeros(())
-
-    def add(self, x: Tensor, channel_dim: int) -> None:
-        x_CM = x.detach().to(torch.float64).movedim(channel_dim, 0).flatten(1)
-        new = x_CM.shape[1]
-        if not new:
-            return
-        mean = x_CM.mean(1)
-        squares = (x_CM - mean[:, None]).square().sum(1)
-        if self.count:
-            apart, total = mean - self.mean, self.count + new
-            squares = self.squares + squares + apart.square() * (self.count * new / total)
-            mean = self.mean + apart * (new / total)
-        self.count, self.mean, self.squares = self.count + new, mean, squares
-
-    @property
-    def variance(self) -> Tensor:
-        return self.squares / max(self.count, 1)
-
-
 class _Watch:
     """Hooks on a copy of the model: what enters normalizers, and which dropout it comes from."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.moments: dict[tuple[str, bool], _Moments] = {}
+        self.moments: dict[tuple[str, bool], Population] = {}
         self.rates: dict[str, set[float | None]] = {}
         self.dropped: list[tuple[Tensor, float]] = []
         self.training = True
@@ -75,7 +52,7 @@ class _Watch:
         def read(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             dim = getattr(layer, "channel_dim", 1)
-            self.moments.setdefault((name, self.training), _Moments()).add(x, dim)
+            self.moments.setdefault((name, self.training), Population()).add(x, dim)
             if self.training:
                 rate = next((rate for y, rate in self.dropped if y is x), None)
                 self.rates.setdefault(name, set()).add(rate)

@@ -33,11 +33,12 @@ class Ranking:
     scale: drawn.Scale | None
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Text of a file of the templates."""
     return (files("normlab.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _palette() -> str:
+def palette() -> str:
     """Series colours as CSS variables, for the light and the dark scheme."""
 
     def variables(colours: tuple[str, ...]) -> str:
@@ -62,7 +63,7 @@ def _panels(view: View) -> dict[str, list[list[dict[str, Any]]]]:
     return sections
 
 
-def _policy(script: str) -> str:
+def policy(script: str) -> str:
     """Content security policy: no network, and no script but the page's own.
 
     Escaping already keeps foreign text from becoming markup; with the policy a slip there could
@@ -75,6 +76,18 @@ def _policy(script: str) -> str:
     )
 
 
+def environment() -> Any:
+    """Templates, with what is put into them escaped."""
+    jinja2 = need("jinja2")
+    return jinja2.Environment(
+        loader=jinja2.FunctionLoader(asset),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
 def render(comparison: Mapping[str, Any]) -> str:
     """Draw the comparison as one HTML page that needs no network.
 
@@ -84,30 +97,27 @@ def render(comparison: Mapping[str, Any]) -> str:
     Returns:
         The page's text.
     """
-    jinja2, markup = need("jinja2"), need("markupsafe").Markup
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_asset),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    view, script = read(comparison), _asset("page.js")
+    markup = need("markupsafe").Markup
+    view, script = read(comparison), asset("page.js")
     rankings = [
         Ranking(one, view.ranked(one.id), drawn.scale(view.of(one.id))) for one in view.conditions
     ]
-    page: str = environment.get_template("page.html").render(
-        view=view,
-        rankings=[ranking for ranking in rankings if ranking.arms],
-        panels=_panels(view),
-        words=words,
-        memory_kind=memory_kind(view),
-        glyph=drawn.glyph,
-        swatches={label: drawn.swatch(place) for label, place in view.series.items()},
-        labels={one.id: one.label for one in view.conditions},
-        style=markup(_palette() + _asset("page.css")),
-        script=markup(script),
-        policy=_policy(script),
+    page: str = (
+        environment()
+        .get_template("page.html")
+        .render(
+            view=view,
+            rankings=[ranking for ranking in rankings if ranking.arms],
+            panels=_panels(view),
+            words=words,
+            memory_kind=memory_kind(view),
+            glyph=drawn.glyph,
+            swatches={label: drawn.swatch(place) for label, place in view.series.items()},
+            labels={one.id: one.label for one in view.conditions},
+            style=markup(palette() + asset("page.css")),
+            script=markup(script),
+            policy=policy(script),
+        )
     )
     return page
 
@@ -125,8 +135,12 @@ def write(comparison: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     Raises:
         OSError: The file could not be written; what stood there before is untouched.
     """
+    return put(render(comparison), path)
+
+
+def put(page: str, path: str | os.PathLike[str]) -> Path:
+    """Write a page's text to a file, whole or not at all; see `write`."""
     target = Path(path)
-    page = render(comparison)
     half = target.with_name(f".normlab-{secrets.token_hex(8)}.part")
     try:
         with open(half, "x", encoding="utf-8", newline="\n") as file:

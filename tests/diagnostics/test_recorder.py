@@ -1,0 +1,127 @@
+"""Recording training: what is recorded, when, and that it changes nothing."""
+
+import copy
+import json
+import math
+import typing
+
+import pytest
+import torch
+from torch import nn
+
+import normlab as nl
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 6),
+        nl.BatchNorm(6),
+        nn.ReLU(),
+        nn.Linear(6, 6),
+        nn.LayerNorm(6),
+        nn.Linear(6, 2),
+    )
+
+
+def train(model, recorder=None, steps=12):
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        x, y = torch.randn(16, 4) * 3, torch.randint(0, 2, (16,))
+        optimizer.zero_grad()
+        if recorder is None:
+            nn.functional.cross_entropy(model(x), y).backward()
+        else:
+            with recorder.step(lr=0.1) as step:
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                step.loss = loss
+        optimizer.step()
+
+
+def test_training_is_the_same_with_it():
+    plain, watched = network(), network()
+    train(plain)
+    recorder = nl.Recorder(watched, every=1, share=1.0)
+    train(watched, recorder)
+    for a, b in zip(plain.state_dict().values(), watched.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert not any(m._forward_hooks for m in watched.modules())
+    assert [m.step for m in recorder.moments] == list(range(12))
+
+
+def test_what_is_recorded():
+    model = network()
+    recorder = nl.Recorder(model, every=1, share=1.0)
+    x, y = torch.randn(16, 4) * 3, torch.randint(0, 2, (16,))
+    twin = copy.deepcopy(model)
+    with recorder.step(lr=0.1) as step:
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        step.loss = loss
+    (moment,) = recorder.moments
+    variance = twin[0](x).detach().var(0, correction=0)
+    assert math.isclose(moment.variance["1"], float(variance.mean()), rel_tol=1e-5)
+    stored = model[1].running_var  # updated by this batch, as training sees it
+    gap = (stored / variance).log().abs().max().exp()
+    assert math.isclose(moment.gap["1"], float(gap), rel_tol=1e-5)
+    assert "4" in moment.variance
+    assert "4" not in moment.gap
+    assert math.isclose(moment.gradient["0"], float(model[0].weight.grad.norm()), rel_tol=1e-6)
+    assert math.isclose(
+        moment.rate["0"], 0.1 / float(model[0].weight.detach().norm()) ** 2, rel_tol=1e-6
+    )
+    assert math.isclose(moment.loss, float(loss.detach()), rel_tol=1e-6)
+    json.dumps(recorder.to_json())
+
+
+def test_schedule():
+    recorder = nl.Recorder(network(), every=5, share=1.0)
+    train(recorder.model, recorder)
+    assert [m.step for m in recorder.moments] == [0, 5, 10]
+    costly = nl.Recorder(network(), every=1, share=0.05)
+    train(costly.model, costly, 3)
+    costly.spent += 1e6  # as if it had taken long
+    train(costly.model, costly, 3)
+    assert max(m.step for m in costly.moments) < 3
+    few = nl.Recorder(network(), every=1, share=1.0, keep=4)
+    train(few.model, few, 12)
+    assert len(few.moments) < 4
+    assert few.every > 1
+
+
+def test_an_error_leaves_no_hook():
+    model = network()
+    recorder = nl.Recorder(model, every=1)
+    with pytest.raises(RuntimeError), recorder.step():
+        raise RuntimeError
+    assert not recorder.moments
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_lightnings_hooks():
+    """As Lightning calls them: positions and names of its Callback."""
+
+    class Trainer:
+        optimizers: typing.ClassVar = [
+            torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        ]
+
+    model = network()
+    recorder = nl.Recorder(model, every=1, share=1.0)
+    batch = torch.randn(8, 4)
+    recorder.on_train_batch_start(Trainer(), model, batch, 0)
+    loss = model(batch).square().mean()
+    loss.backward()
+    recorder.on_train_batch_end(Trainer(), model, {"loss": loss}, batch, 0)
+    (moment,) = recorder.moments
+    assert moment.loss == float(loss.detach())
+    assert math.isclose(moment.rate["0"] * moment.weight["0"] ** 2, 0.5)
+    recorder.on_train_batch_end(Trainer(), model, None, batch, 1)  # without a start: nothing
+
+
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"share": 0}, {"share": 2}, {"keep": 1}])
+def test_wrong_options(wrong):
+    with pytest.raises(ValueError, match="every is at least 1"):
+        nl.Recorder(network(), **wrong)
