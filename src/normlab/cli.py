@@ -1,4 +1,4 @@
-"""The command ``normlab``: ``compare``, ``list``, ``show``, ``report``, ``diagnose``, ``doctor``.
+"""The command ``normlab``; its subcommands are the classes of `normlab.commands`.
 
 Importing this costs nothing but the standard library; each command imports what it needs.
 """
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[commands.List, tyro.conf.subcommand("list")]
         | Annotated[commands.Show, tyro.conf.subcommand("show")]
         | Annotated[commands.Report, tyro.conf.subcommand("report")]
+        | Annotated[commands.Claims, tyro.conf.subcommand("claims")]
         | Annotated[commands.Diagnose, tyro.conf.subcommand("diagnose")]
         | Annotated[commands.Doctor, tyro.conf.subcommand("doctor")],
         tyro.conf.OmitSubcommandPrefixes,

@@ -174,6 +174,22 @@ class _Arm:
         ]
 
 
+def accuracies(plan: Plan, store: Store) -> dict[tuple[str, str], dict[int, float]]:
+    """Test accuracies of the final runs that ended.
+
+    Args:
+        plan: The comparison.
+        store: Its records.
+
+    Returns:
+        By normalizer and id of the condition: accuracy by seed.
+    """
+    return {
+        (normalizer, condition.id): _Arm(plan, store, normalizer, condition).accuracies()
+        for normalizer, condition in plan.arms()
+    }
+
+
 def _normalizer(spec: str) -> dict[str, Any]:
     """What the report says of a normalizer."""
     terms = choice.parse(spec).terms

@@ -1,0 +1,119 @@
+"""Comparisons that several claims rest on: each is one ``normlab compare``, resumable."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from normlab.claims.claim import Scale
+
+RESNET8 = "--network resnet:depth=8,width=8,version=2"
+
+EXPERIMENTS = {
+    "fashion-mini-sharing": (
+        "Who shares statistics: 64 samples, or 8 samples of one class",
+        "--normalizers none batch ic group instance filter_response batch_renorm "
+        "--condition 64 8:class --network resnet:depth=8,width=16 --seeds 3 --epochs 1 "
+        "--tune-epochs 0.3 --lrs 0.03 0.1 0.3 1 --points 5",
+    ),
+    "fashion-mini-ic": (
+        "The independent-component layer and the usual order, ResNet-20",
+        "--normalizers batch ic --network resnet20 --epochs 2 --tune-epochs 0.5 "
+        "--lrs 0.03 0.1 0.3 1 --points 8",
+    ),
+    "fashion-mini-ic-compositions": (
+        "The three compositions of the independent-component layer, ResNet-20",
+        "--normalizers batch ic ic:composition=ic-conv-relu ic:composition=conv-relu-ic "
+        "--network resnet20 --epochs 2 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 1 --points 8",
+    ),
+    "fashion-mini-ic-deep": (
+        "The independent-component layer and the usual order, ResNet-56",
+        "--normalizers batch ic --network resnet:depth=56,width=8 --epochs 1 "
+        "--tune-epochs 0.5 --lrs 0.01 0.03 0.1 0.3 --points 8",
+    ),
+    "fashion-mini-filter-response": (
+        "Batch size and filter response normalization",
+        f"--normalizers batch group filter_response batch_renorm --condition 32 8 4 2 {RESNET8} "
+        "--epochs 1 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 1 --points 4",
+    ),
+    "fashion-mini-filter-response-one": (
+        "One sample a normalization batch: batch and filter response normalization",
+        f"--normalizers batch filter_response --condition 1 {RESNET8} "
+        "--epochs 1 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 1 --points 4",
+    ),
+    "fashion-mini-filter-response-long": (
+        "Batch size and filter response normalization, three epochs",
+        f"--normalizers batch group filter_response --condition 32 2 {RESNET8} "
+        "--epochs 3 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 --points 6",
+    ),
+    "fashion-mini-micro": (
+        "Few samples share statistics: renormalization and Kalman normalization",
+        "--normalizers batch batch_renorm kalman_batch group "
+        f"--condition 4 4:class {RESNET8} --epochs 1 --tune-epochs 0.5 "
+        "--lrs 0.03 0.1 0.3 --points 4",
+    ),
+    "fashion-mini-preconditioning-dense": (
+        "Preconditioning, batch normalization and plain descent: dense network",
+        "--normalizers none batch preconditioning --network mlp:depth=3,width=100 "
+        "--batch-size 1 60 --epochs 1 --tune-epochs 0.25 "
+        "--lrs 0.001 0.003 0.01 0.03 0.1 0.3 1 3 --momentum 0 --points 8",
+    ),
+    "fashion-mini-preconditioning-conv": (
+        "Preconditioning, batch normalization and plain descent: convolutional network",
+        "--normalizers none batch preconditioning --network cnn:depth=5,width=8 "
+        "--batch-size 1 60 --epochs 1 --tune-epochs 0.25 "
+        "--lrs 0.01 0.03 0.1 0.3 1 --momentum 0 --points 8",
+    ),
+    "fashion-mini-rescaling": (
+        "Weight rescaling, weight decay and weight standardization",
+        "--normalizers batch batch+rescaling batch+standardization --network resnet8 "
+        "--epochs 3 --tune-epochs 1 --lrs 0.03 0.1 0.3 1 --points 8",
+    ),
+}
+"""Title and options by name, at the cpu scale; records lie in the folder of that name."""
+
+GPU: dict[str, str] = {}
+"""Options at the gpu scale."""
+
+# What makes any of them a matter of seconds: whether it runs.
+_SMOKE = "--seeds 1 --epochs 0.1 --tune-epochs 0.1 --lrs 0.1 --points 1 --train-limit 200"
+
+
+def options(name: str, scale: Scale) -> str | None:
+    """The options of a comparison at a scale, None where it has none."""
+    words = EXPERIMENTS[name][1]
+    if scale == "cpu":
+        return words
+    return f"{words} {_SMOKE}" if scale == "smoke" else GPU.get(name)
+
+
+def seeds(name: str, scale: Scale) -> int:
+    """How many final runs each arm has."""
+    words = shlex.split(options(name, scale) or "")
+    given = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--seeds"]
+    return int(given[-1]) if given else 3
+
+
+def command(name: str, out: str | Path, scale: Scale = "cpu") -> list[str]:
+    """Return the arguments of an experiment's ``normlab`` call."""
+    words = options(name, scale)
+    if words is None:
+        raise ValueError(f"the comparison {name} has no scale {scale!r}")
+    title = EXPERIMENTS[name][0]
+    return ["compare", *shlex.split(words), "--out", str(out), "--title", title]
+
+
+def run(name: str, scale: Scale, out: str | Path, workers: int = 2) -> None:
+    """Run or resume a comparison.
+
+    Raises:
+        KeyboardInterrupt: If it was interrupted; finished runs are kept.
+        RuntimeError: If it failed.
+    """
+    from normlab.cli import main
+
+    status = main([*command(name, out, scale), "--workers", str(workers)])
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        raise RuntimeError(f"the comparison {name} ended with status {status}")

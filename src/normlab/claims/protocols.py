@@ -1,0 +1,186 @@
+"""How observations are made: by a function of the seed, or by a comparison of networks."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from normlab.claims.claim import Claim, Observation, Scale
+from normlab.claims.places import folder
+
+Measure = Callable[[Scale, int], Mapping[str, float]]
+Effect = Callable[["Arms"], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A function of scale and seed gives the values; each is one line of a record file.
+
+    Attributes:
+        measure: ``measure(scale, seed) → values``; deterministic for a seed.
+        repetitions: Seeds for each scale; a scale that is missing has none.
+        sizes: What is done at each scale, in words.
+    """
+
+    measure: Measure
+    repetitions: Mapping[Scale, int]
+    sizes: Mapping[Scale, str]
+
+    def text(self, scale: Scale) -> str:
+        """Say in words what is done at that scale."""
+        return self.sizes.get(scale, "")
+
+    def seeds(self, scale: Scale) -> int:
+        """How many repetitions there are."""
+        return self.repetitions.get(scale, 0)
+
+    def read(self, claim: Claim, scale: Scale) -> list[Observation]:
+        """Read the observations on record; lines that are torn or of another version are none."""
+        path = _file(claim, scale)
+        found: dict[int, Observation] = {}
+        for line in _lines(path):
+            values = line.get("values")
+            seed = line.get("seed")
+            if line.get("version") != claim.version or not isinstance(values, dict):
+                continue
+            if not isinstance(seed, int) or not 0 <= seed < self.seeds(scale):
+                continue
+            numbers = {str(k): _number(v) for k, v in values.items()}
+            record = f"claims/{path.parent.name}/{path.name}"
+            found[seed] = Observation(seed, numbers, record)
+        return [found[seed] for seed in sorted(found)]
+
+    def run(self, claim: Claim, scale: Scale, progress: Callable[[str], None]) -> None:
+        """Make the observations that are missing; each is on record when it is made."""
+        from normlab.bench.environment import environment
+
+        done = {one.seed for one in self.read(claim, scale)}
+        path = _file(claim, scale)
+        for seed in range(self.seeds(scale)):
+            if seed in done:
+                continue
+            progress(f"{claim.id}: {seed + 1} of {self.seeds(scale)}")
+            start = time.monotonic()
+            values = {k: float(v) for k, v in self.measure(scale, seed).items()}
+            line = {
+                "claim": claim.id,
+                "version": claim.version,
+                "scale": scale,
+                "seed": seed,
+                "values": {k: v if math.isfinite(v) else str(v) for k, v in values.items()},
+                "seconds": round(time.monotonic() - start, 3),
+                "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "environment": environment(),
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _file(claim: Claim, scale: Scale) -> Path:
+    return folder(scale) / "claims" / claim.paper.key / f"{claim.name}.{scale}.jsonl"
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            value = None
+        yield value if isinstance(value, dict) else {}
+
+
+class Arms:
+    """Accuracies of one seed in a comparison.
+
+    Args:
+        accuracies: By (normalizer, condition id).
+        seed: The seed.
+    """
+
+    def __init__(self, accuracies: Mapping[tuple[str, str], float], seed: int) -> None:
+        self.accuracies, self.seed = accuracies, seed
+
+    def __call__(self, normalizer: str, condition: str) -> float:
+        """The test accuracy of an arm, in percent; that of guessing where it diverged.
+
+        Args:
+            normalizer: As in the comparison.
+            condition: Id of its condition, as ``b64-n4-iid``.
+        """
+        return 100 * self.accuracies[normalizer, condition]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A ``normlab compare`` with tuned rates gives an effect for each seed.
+
+    Attributes:
+        experiment: Name in `normlab.claims.experiments.EXPERIMENTS`; its records' folder.
+        effect: Values of a seed, from the accuracies of all arms.
+    """
+
+    experiment: str
+    effect: Effect
+
+    def text(self, scale: Scale) -> str:
+        """Say in words what is done at that scale."""
+        from normlab.claims.experiments import options
+
+        words = options(self.experiment, scale)
+        return "" if words is None else f"normlab compare {words}"
+
+    def seeds(self, scale: Scale) -> int:
+        """How many seeds the comparison has; 0 where it has no such scale."""
+        from normlab.claims.experiments import options, seeds
+
+        return 0 if options(self.experiment, scale) is None else seeds(self.experiment, scale)
+
+    def read(self, claim: Claim, scale: Scale) -> list[Observation]:
+        """Read what finished; a diverged run counts as guessing."""
+        from normlab.bench.analysis import accuracies
+        from normlab.bench.plan import Plan
+        from normlab.bench.records import Store
+
+        place = self._place(scale)
+        if not (place / "plan.json").is_file():
+            return []
+        store = Store(place)
+        by_seed: dict[int, dict[tuple[str, str], float]] = {}
+        for arm, values in accuracies(Plan.load(store), store).items():
+            for seed, value in values.items():
+                by_seed.setdefault(seed, {})[arm] = value
+        found = []
+        for seed, arms in sorted(by_seed.items()):
+            try:
+                found.append(Observation(seed, self.effect(Arms(arms, seed)), place.name))
+            except KeyError:  # an arm that has not finished
+                continue
+        return found
+
+    def run(self, claim: Claim, scale: Scale, progress: Callable[[str], None]) -> None:
+        """Run or resume the comparison."""
+        from normlab.claims.experiments import run
+
+        progress(f"{claim.id}: normlab compare, {self.experiment}")
+        run(self.experiment, scale, self._place(scale))
+
+    def _place(self, scale: Scale) -> Path:
+        name = self.experiment if scale == "cpu" else f"{self.experiment}-{scale}"
+        return folder(scale) / name
