@@ -19,7 +19,7 @@ from normlab.claims.claim import Paper as Paper
 from normlab.claims.claim import Scale as Scale
 from normlab.claims.rules import Judgement as Judgement
 
-_MACHINERY = {"claim", "experiments", "page", "places", "protocols", "rules"}
+_MACHINERY = {"claim", "experiments", "nets", "page", "places", "protocols", "rules"}
 
 
 @lru_cache(maxsize=1)

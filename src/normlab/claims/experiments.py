@@ -64,6 +64,17 @@ EXPERIMENTS = {
         "--batch-size 1 60 --epochs 1 --tune-epochs 0.25 "
         "--lrs 0.01 0.03 0.1 0.3 1 --momentum 0 --points 8",
     ),
+    "fashion-mini-deviations": (
+        "Other deviations than batch normalization's, and noise behind it",
+        "--normalizers none batch noisy_batch l1_batch lp_batch:p=2 lp_batch:p=max "
+        "--network cnn:depth=8,width=8 --epochs 1 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 "
+        "--points 4",
+    ),
+    "fashion-mini-vit": (
+        "Normalizers of transformers",
+        "--normalizers none layer rms dyt --network vit:depth=4,width=32 --epochs 2 "
+        "--tune-epochs 0.5 --lrs 0.03 0.1 0.3 --points 4",
+    ),
     "fashion-mini-rescaling": (
         "Weight rescaling, weight decay and weight standardization",
         "--normalizers batch batch+rescaling batch+standardization --network resnet8 "

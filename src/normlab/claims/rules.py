@@ -176,6 +176,39 @@ class Equal:
 
 
 @dataclass(frozen=True)
+class NotLess:
+    """The effect is not below −margin: nothing is lost, or nothing is gained by the other.
+
+    Attributes:
+        key: Name of the effect.
+        margin: The least loss that would count.
+        unit: Of the effect.
+    """
+
+    key: str
+    margin: float
+    unit: str = ""
+
+    def text(self) -> str:
+        """The rule in words."""
+        return (
+            f"the 95 % t interval of {self.key} lies above {-self.margin:g} (reproduced) or below "
+            "(contradicted); else not reproduced"
+        )
+
+    def judge(self, observations: Sequence[Values]) -> Judgement:
+        """Compute the verdict; a single repetition decides nothing."""
+        mean, low, high = interval([o[self.key] for o in observations])
+        verdict: Verdict = "not reproduced"
+        if len(observations) > 1:
+            if low > -self.margin:
+                verdict = "reproduced"
+            elif high < -self.margin:
+                verdict = "contradicted"
+        return Judgement(verdict, mean, low, high, len(observations))
+
+
+@dataclass(frozen=True)
 class Each:
     """A claim over several conditions: each has a rule of its own.
 
@@ -183,7 +216,7 @@ class Each:
     effect that is shown is that of the condition farthest from being reproduced.
     """
 
-    rules: tuple[Greater | Equal | Exact, ...]
+    rules: tuple[Greater | Equal | NotLess | Exact, ...]
 
     @property
     def unit(self) -> str:

@@ -1,0 +1,154 @@
+"""Beyond BatchNorm: what signals at the start tell of normalizers (2106.05956)."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch.nn import functional as F
+
+from normlab.claims import nets
+from normlab.claims.claim import Claim, Paper, Scale
+from normlab.claims.protocols import Arms, Compared, Measured
+from normlab.claims.rules import Each, Greater
+from normlab.diagnostics.propagation import Layer, propagation
+from normlab.diagnostics.subject import Subject
+
+PAPER = Paper(
+    "beyond_batch",
+    "Beyond BatchNorm: Towards a Unified Understanding of Normalization in Deep Learning",
+    "Lubana, Dick & Tanaka", 2021, "2106.05956",
+)  # fmt: skip
+_SEEDS: dict[Scale, int] = {"smoke": 1, "cpu": 5}
+_DEPTH: dict[Scale, int] = {"smoke": 20, "cpu": 56}
+_PLAIN: dict[Scale, str] = {"smoke": "cnn:depth=6,width=32", "cpu": "cnn:depth=20,width=32"}
+_RESIDUAL_SIZES: dict[Scale, str] = {
+    scale: f"pre-activation ResNet-{depth} of width 8 at its initial weights, 32 images"
+    for scale, depth in _DEPTH.items()
+}
+_PLAIN_SIZES: dict[Scale, str] = {
+    scale: f"{spec} at its initial weights, 32 images" for scale, spec in _PLAIN.items()
+}
+
+
+@lru_cache(maxsize=32)
+def _layers(spec: str, normalizer: str, seed: int) -> tuple[Layer, ...]:
+    net = nets.network(spec, normalizer, seed)
+    with Subject(net, F.cross_entropy, nets.batches(1, 32, seed)) as subject:
+        return tuple(propagation(subject))
+
+
+def _growth(normalizer: str, scale: Scale, seed: int) -> float:
+    """Ratio of variances at the ends of the last two blocks of the first stage."""
+    spec = f"resnet:depth={_DEPTH[scale]},width=8,version=2"
+    blocks = (_DEPTH[scale] - 2) // 6
+    by_name = {layer.name: layer.variance for layer in _layers(spec, normalizer, seed)}
+    return by_name[f"blocks.{blocks - 1}"] / by_name[f"blocks.{blocks - 2}"]
+
+
+def _variance(scale: Scale, seed: int) -> Mapping[str, float]:
+    """How far growth at the end of a stage is from exponential, and how near, in log₂.
+
+    A variance that doubles each block has ratio 2; one that grows by the same amount each block
+    has ratio (n + 1)/n, n blocks in.
+    """
+    activation = max(_growth(n, scale, seed) for n in ("batch", "layer", "group"))
+    weight = _growth("none+scaled_standardization", scale, seed)
+    return {"linear": math.log2(1.5 / activation), "exponential": math.log2(weight / 1.5)}
+
+
+_GROUPS = (1, 2, 4, 8, 16, 32)
+
+
+def _by_groups(scale: Scale, seed: int) -> list[tuple[int, tuple[Layer, ...]]]:
+    spec = _PLAIN[scale]
+    return [(g, _layers(spec, f"group:groups={g}", seed)) for g in _GROUPS]
+
+
+def _slope(x: Sequence[float], y: Sequence[float]) -> float:
+    mx, my = statistics.fmean(x), statistics.fmean(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum(
+        (a - mx) ** 2 for a in x
+    )
+
+
+def _convolutions(layers: Sequence[Layer]) -> list[Layer]:
+    return [layer for layer in layers if layer.kind == "Conv2d"]
+
+
+def _rank(scale: Scale, seed: int) -> Mapping[str, float]:
+    """Slope of log(stable rank) behind the last nonlinearity against log(number of groups)."""
+    ranks = []
+    for _, layers in _by_groups(scale, seed):
+        last = [layer for layer in layers if layer.kind == "ReLU"][-1]
+        ranks.append(math.log(last.stable_rank))
+    return {"slope": _slope([math.log(g) for g in _GROUPS], ranks)}
+
+
+def _explosion(scale: Scale, seed: int) -> Mapping[str, float]:
+    """Slope of log(first gradient/last gradient) against log(number of groups)."""
+    ratios = []
+    for _, layers in _by_groups(scale, seed):
+        found = _convolutions(layers)
+        ratios.append(math.log(found[0].gradient / found[-1].gradient))
+    return {"slope": _slope([math.log(g) for g in _GROUPS], ratios)}
+
+
+_METHODS = ("none", "batch", "ic", "group", "instance", "filter_response", "batch_renorm")
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    return [float(order.index(i)) for i in range(len(values))]
+
+
+def _foretold(arms: Arms) -> Mapping[str, float]:
+    """Minus Spearman's correlation of the initial cosine with the accuracy reached."""
+    cosines, reached = [], []
+    for method in _METHODS:
+        layers = _layers("resnet:depth=8,width=16", method, arms.seed)
+        last = [layer for layer in layers if not math.isnan(layer.cosine)][-2]
+        cosines.append(last.cosine)
+        reached.append(arms(method, "b64-n64-iid"))
+    found = torch.corrcoef(torch.tensor([_ranks(cosines), _ranks(reached)]))
+    return {"correlation": -float(found[0, 1])}
+
+
+_ORIGINAL = "ResNet-56 and plain networks of 10 to 40 layers, CIFAR-100"
+CLAIMS = [
+    Claim(
+        "variance-growth", PAPER,
+        "In residual networks the variance of activations grows linearly with depth under "
+        "activation normalizers, and exponentially under weight standardization without scaled "
+        "branches.",
+        "figure 2", _ORIGINAL,
+        Measured(_variance, _SEEDS, _RESIDUAL_SIZES),
+        Each((Greater("linear", unit="log₂ of the ratio to 1.5"),
+              Greater("exponential", unit="log₂ of the ratio to 1.5"))),
+        note="growth from the last block but one of a stage to the last; 1.5 lies between "
+        "(n + 1)/n and 2",
+    ),
+    Claim(
+        "rank", PAPER,
+        "The smaller the groups, the higher the rank of the last activations.",
+        "at least √(width/group size)", _ORIGINAL,
+        Measured(_rank, _SEEDS, _PLAIN_SIZES), Greater("slope", unit="slope in log–log"),
+    ),
+    Claim(
+        "gradient-explosion", PAPER,
+        "The smaller the groups, the more gradients grow towards the first layers.",
+        "explosion for instance normalization", _ORIGINAL,
+        Measured(_explosion, _SEEDS, _PLAIN_SIZES), Greater("slope", unit="slope in log–log"),
+    ),
+    Claim(
+        "foretold", PAPER,
+        "A low cosine between samples at the start goes with fast training.",
+        "correlated, figure 4", _ORIGINAL,
+        Compared("fashion-mini-sharing", _foretold),
+        Greater("correlation", unit="Spearman's correlation, sign reversed"),
+        note="seven normalizers of one residual network after one epoch",
+    ),
+]  # fmt: skip

@@ -1,0 +1,57 @@
+"""Small networks on real images that several claims are measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normlab import data as sets
+from normlab import networks
+from normlab.bench import choice
+from normlab.data import ImageData
+
+Batch = tuple[Tensor, Tensor]
+
+
+def images() -> ImageData:
+    """The data set that is part of the package."""
+    return sets.load("fashion-mini")
+
+
+def batches(count: int, size: int, seed: int) -> list[Batch]:
+    """Batches of training images, drawn without replacement."""
+    data = images()
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.train_labels), generator=draw)[: count * size]
+    return [
+        (data.prepare(data.train_images[part]), data.train_labels[part])
+        for part in torch.split(order, size)
+    ]
+
+
+def network(spec: str, normalizer: str, seed: int) -> nn.Module:
+    """A network at its initial weights, equal for all normalizers under one seed."""
+    data = images()
+    torch.manual_seed(seed)
+    chosen = choice.parse(normalizer)
+    net = networks.build(
+        spec, chosen.factory(), classes=data.num_classes, image_shape=data.image_shape
+    )
+    chosen.prepare(net, data.prepare(data.train_images[:16]))
+    return net
+
+
+def train(
+    net: nn.Module, steps: int, *, lr: float, size: int, seed: int,
+    at: Callable[[int], None] = lambda step: None,
+) -> None:  # fmt: skip
+    """Plain SGD with momentum 0.9; `at` is called before each step."""
+    optimizer = torch.optim.SGD(net.parameters(), lr, 0.9)
+    for step, (x, y) in enumerate(batches(steps, size, seed + 10_000)):
+        at(step)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
