@@ -46,7 +46,7 @@ def _growth(normalizer: str, scale: Scale, seed: int) -> float:
     spec = f"resnet:depth={_DEPTH[scale]},width=8,version=2"
     blocks = (_DEPTH[scale] - 2) // 6
     by_name = {layer.name: layer.variance for layer in _layers(spec, normalizer, seed)}
-    return by_name[f"blocks.{blocks - 1}"] / by_name[f"blocks.{blocks - 2}"]
+    return by_name[f"blocks.{blocks - 1}.join"] / by_name[f"blocks.{blocks - 2}.join"]
 
 
 def _variance(scale: Scale, seed: int) -> Mapping[str, float]:
