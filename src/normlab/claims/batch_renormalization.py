@@ -30,7 +30,7 @@ def _identity(scale: Scale, seed: int) -> Mapping[str, float]:
     """The distance of r = 1, d = 0 from batch normalization."""
     x = _batch(seed)
     renorm = norm("batch_renorm", 3, rmax=1.0, dmax=0.0).double()
-    return {"distance": float((renorm(x) - norm("batch", 3).double()(x)).abs().max())}
+    return {"distance": float((renorm(x) - norm("batch", 3).double()(x)).abs().max().detach())}
 
 
 def _train_is_eval(scale: Scale, seed: int) -> Mapping[str, float]:
@@ -39,7 +39,7 @@ def _train_is_eval(scale: Scale, seed: int) -> Mapping[str, float]:
     renorm(_batch(seed + 1000))  # some statistics
     renorm.eval()
     before = renorm(_batch(seed))
-    return {"distance": float((renorm.train()(_batch(seed)) - before).abs().max())}
+    return {"distance": float((renorm.train()(_batch(seed)) - before).abs().max().detach())}
 
 
 def _micro(composition: str) -> Compared:

@@ -28,7 +28,7 @@ def _company(scale: Scale, seed: int) -> Mapping[str, float]:
     x = torch.randn(8, 3, 5, 5, generator=draw, dtype=torch.float64)
     layer = norm("filter_response", 3).double()
     alone = layer(x[:1])
-    return {"distance": float((layer(x)[:1] - alone).abs().max())}
+    return {"distance": float((layer(x)[:1] - alone).abs().max().detach())}
 
 
 def _orthogonal(scale: Scale, seed: int) -> Mapping[str, float]:

@@ -95,7 +95,7 @@ def _identity(scale: Scale, seed: int) -> Mapping[str, float]:
     g = torch.randn(m, 1, generator=draw, dtype=torch.float64)
     layer = norm("batch", 1, eps=1e-14).double()
     gamma = 1.7
-    layer.weight.data.fill_(gamma)  # type: ignore[union-attr]
+    torch.nn.init.constant_(layer.get_parameter("weight"), gamma)
     (found,) = torch.autograd.grad(layer(y), y, g)
     centred = (y - y.mean()).detach()
     variance = centred.square().mean()

@@ -1,0 +1,143 @@
+"""The ledger: complete, computed from records, resumable, and readable."""
+
+import json
+
+import pytest
+
+from normlab.claims import ledger
+from normlab.claims.claim import Claim, Paper
+from normlab.claims.experiments import EXPERIMENTS, command, options, seeds
+from normlab.claims.protocols import Arms, Compared, Measured
+from normlab.claims.rules import Exact, Greater
+from normlab.cli import main
+
+PAPER = Paper("mine", "A title", "Someone", 2020, "2000.00000")
+
+
+@pytest.fixture(autouse=True)
+def records(tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMLAB_RECORDS_DIR", str(tmp_path / "records"))
+    return tmp_path / "records"
+
+
+def claim(measure, **more):
+    protocol = Measured(measure, {"smoke": 2, "cpu": 3}, {"smoke": "little", "cpu": "more"})
+    given = {"rule": Exact("d", 0.5), **more}
+    return Claim("one", PAPER, "Says so.", "much", "large", protocol, **given)
+
+
+def test_every_claim_states_what_it_must():
+    found = ledger()
+    assert len(found) >= 30
+    for one in found.values():
+        assert one.sentence.endswith(".")
+        assert one.reported
+        assert one.original
+        assert one.rule.text()
+        assert one.protocol.seeds("smoke") > 0
+        assert one.protocol.text("cpu")
+        assert one.paper.arxiv
+        assert one.judge("gpu").verdict in ("not testable here", "open")
+
+
+def test_a_verdict_needs_all_observations(records):
+    calls = []
+
+    def measure(scale, seed):
+        calls.append((scale, seed))
+        if len(calls) == 2:
+            raise RuntimeError("cut off")
+        return {"d": seed / 10}
+
+    one = claim(measure)
+    assert one.judge("cpu").verdict == "open"
+    with pytest.raises(RuntimeError):
+        one.protocol.run(one, "cpu", lambda text: None)
+    assert (one.judge("cpu").verdict, one.judge("cpu").n) == ("open", 1)
+    one.protocol.run(one, "cpu", lambda text: None)
+    assert calls == [("cpu", 0), ("cpu", 1), ("cpu", 1), ("cpu", 2)]  # nothing twice
+    judged = one.judge("cpu")
+    assert (judged.verdict, judged.n, judged.effect) == ("reproduced", 3, 0.2)
+    assert judged.records == ("claims/mine/one.cpu.jsonl",)
+    assert one.judge("smoke").verdict == "open"
+    line = json.loads((records / "claims/mine/one.cpu.jsonl").read_text().splitlines()[0])
+    assert {"claim", "version", "seed", "values", "environment", "created"} <= set(line)
+
+
+def test_records_are_not_trusted(records):
+    one = claim(lambda scale, seed: {"d": 0.0})
+    one.protocol.run(one, "cpu", lambda text: None)
+    path = records / "claims/mine/one.cpu.jsonl"
+    good = path.read_text()
+    wrong = [{"seed": "x", "version": 1, "values": {}},
+             {"seed": 99, "version": 1, "values": {"d": 9}}]  # fmt: skip
+    path.write_text(good + "\n".join(["torn {", "[1]", *map(json.dumps, wrong)]))
+    assert one.judge("cpu").verdict == "reproduced"
+    path.write_text(good.replace('"d": 0.0', '"d": "nan"'))
+    assert one.judge("cpu").verdict == "contradicted"  # a law that gives nan does not hold
+    path.write_text(good.replace('"version": 1', '"version": 0'))
+    assert one.judge("cpu").verdict == "open"  # another protocol's
+
+
+def test_comparisons_are_read_from_their_store(records):
+    EXPERIMENTS["tiny"] = (
+        "Tiny", "--normalizers none batch --network mlp --epochs 0.1 --tune-epochs 0.1 --lrs 0.1 "
+        "--points 1 --train-limit 100 --seeds 2",
+    )  # fmt: skip
+    try:
+        protocol = Compared("tiny", lambda arms: {"d": arms("batch", "b64-n64-iid")
+                                                  - arms("none", "b64-n64-iid")})  # fmt: skip
+        one = Claim("two", PAPER, "Says so.", "much", "large", protocol, Greater("d"))
+        assert protocol.seeds("cpu") == 2
+        assert protocol.seeds("gpu") == 0
+        assert one.judge("cpu").verdict == "open"
+        protocol.run(one, "cpu", lambda text: None)
+        judged = one.judge("cpu")
+        assert judged.n == 2
+        assert judged.records == ("tiny",)
+        stored = json.loads((records / "tiny" / "comparison.json").read_text())
+        means = {a["normalizer"]: a["accuracy"]["mean"] for a in stored["arms"]}
+        assert judged.effect == pytest.approx(100 * (means["batch"] - means["none"]))
+    finally:
+        del EXPERIMENTS["tiny"]
+
+
+def test_experiments():
+    assert seeds("fashion-mini-sharing", "cpu") == 3
+    assert seeds("fashion-mini-sharing", "smoke") == 1
+    assert options("fashion-mini-sharing", "gpu") is None
+    assert command("fashion-mini-ic", "/x")[-4:-1] == ["--out", "/x", "--title"]
+    with pytest.raises(ValueError, match="'gpu'"):
+        command("fashion-mini-ic", "/x", "gpu")
+    assert Arms({("a", "c"): 0.5}, 0)("a", "c") == 50
+
+
+def test_command_line(capsys, tmp_path):
+    assert main(["claims", "list", "ic", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {"id", "paper", "sentence", "scale", "verdict", "effect", "interval", "n"} <= set(
+        rows[0]
+    )
+    assert {r["verdict"] for r in rows} == {"open"}
+    assert main(["claims", "run", "ic/correlation", "renorm/identity"]) == 0
+    assert "reproduced" in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    assert main(["claims", "report", "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "ic/correlation" in text
+    assert "2 reproduced" in text
+    assert "<svg" in text
+    assert main(["claims", "list", "ic/correlatoin"]) == 1
+    assert "did you mean ic/correlation" in capsys.readouterr().err
+
+
+def test_a_failing_protocol_costs_no_other(capsys, monkeypatch):
+    from normlab.claims import ic
+
+    def fails(self, claim, scale, progress):
+        if claim.name == "information":
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(type(ic.CLAIMS[0].protocol), "run", fails)
+    assert main(["claims", "run", "ic/information", "ic/correlation"]) == 1
+    assert "ic/information failed: RuntimeError: broken" in capsys.readouterr().err
