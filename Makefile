@@ -59,6 +59,6 @@ $(VENV)/.%: $(VENV)/.package
 	@touch $@
 
 EXTRA_lab := lab
-EXTRA_test := lab,export,test
-EXTRA_lint := lab,export,test,lint
+EXTRA_test := lab,diagnostics,export,test
+EXTRA_lint := lab,diagnostics,export,test,lint
 EXTRA_docs := lab,docs

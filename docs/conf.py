@@ -43,7 +43,34 @@ def write_methods(app):
         path.write_text(text, encoding="utf-8")
 
 
+def write_claims(app):
+    """Write the ledger from the records, so that no verdict is a hand's."""
+    from normlab import claims
+    from normlab.claims import page
+    from normlab.report.look import Look
+    from normlab.report.extra import need
+
+    ledger = list(claims.ledger().values())
+    drawn = []
+    for number, (title, chart) in enumerate(page.figures(page.rows(ledger, "cpu"), Look(False))):
+        name = f"images/_claims-{number}.svg"
+        svg = need("vl_convert").vegalite_to_svg(chart.to_dict())
+        Path(app.srcdir, name).write_text(svg, encoding="utf-8")
+        drawn += [f"![{title}]({name})", "", f"*{title}*", ""]
+    text = "\n".join([
+        "# Claims", "",
+        "What papers claim, and what measurements say. Each claim has a protocol and a rule that "
+        "were fixed before the run; every verdict is computed from records by `normlab claims`. "
+        "Scales are small: what a processor does in a night. Repeat one with "
+        "`normlab claims run ID`.", "", *drawn, page.markdown(ledger, "cpu"),
+    ])  # fmt: skip
+    path = Path(app.srcdir) / "claims.md"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
 def setup(app):
     """Escape before napoleon, which adds markup of its own, reads the docstrings."""
     app.connect("builder-inited", write_methods)
+    app.connect("builder-inited", write_claims)
     app.connect("autodoc-process-docstring", escape, priority=400)

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-import typing
+import warnings
 
 import pytest
 import torch
@@ -100,25 +100,37 @@ def test_an_error_leaves_no_hook():
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_lightnings_hooks():
-    """As Lightning calls them: positions and names of its Callback."""
+def test_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
 
-    class Trainer:
-        optimizers: typing.ClassVar = [
-            torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
-        ]
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
 
-    model = network()
-    recorder = nl.Recorder(model, every=1, share=1.0)
-    batch = torch.randn(8, 4)
-    recorder.on_train_batch_start(Trainer(), model, batch, 0)
-    loss = model(batch).square().mean()
-    loss.backward()
-    recorder.on_train_batch_end(Trainer(), model, {"loss": loss}, batch, 0)
-    (moment,) = recorder.moments
-    assert moment.loss == float(loss.detach())
-    assert math.isclose(moment.rate["0"] * moment.weight["0"] ** 2, 0.5)
-    recorder.on_train_batch_end(Trainer(), model, None, batch, 1)  # without a start: nothing
+        def training_step(self, batch):
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    module = Module()
+    recorder = nl.Recorder(module, every=2, share=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of that library: few workers, no logger
+        trainer = lightning.Trainer(
+            max_steps=5, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+            callbacks=[recorder.callback()],
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(torch.randn(40, 4), batch_size=8))
+    assert [m.step for m in recorder.moments] == [0, 2, 4]
+    for moment in recorder.moments:
+        assert moment.loss > 0
+        assert math.isclose(moment.rate["net.0"] * moment.weight["net.0"] ** 2, 0.5)
+        assert "net.1" in moment.variance
+        assert moment.gradient["net.0"] > 0
+    assert not any(m._forward_hooks for m in module.modules())
 
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"share": 0}, {"share": 2}, {"keep": 1}])

@@ -46,7 +46,7 @@ class Observation:
     record: str
 
 
-class Protocol_(Protocol):
+class Procedure(Protocol):
     """How observations are made and where they are kept."""
 
     def text(self, scale: Scale) -> str:
@@ -83,7 +83,7 @@ class Claim:
     sentence: str
     reported: str
     original: str
-    protocol: Protocol_
+    protocol: Procedure
     rule: Rule
     version: int = 1
     note: str = ""

@@ -52,8 +52,7 @@ class Recorder:
                 step.loss = loss
             optimizer.step()
 
-    With Lightning, pass it as a callback: its ``on_train_batch_start`` and ``on_train_batch_end``
-    are Lightning's hooks.
+    With Lightning, ``Trainer(callbacks=[recorder.callback()])``.
 
     Only chosen steps are looked at; all others cost a comparison. A step is chosen when `every`
     steps have passed and the time spent on recording is within `share` of the time since the
@@ -121,26 +120,42 @@ class Recorder:
             self.moments = self.moments[::2]
             self.every *= 2
 
-    # Lightning calls these by name; it needs no base class of its own for what it finds present.
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        """Begin a step."""
-        rate = None
-        if getattr(trainer, "optimizers", None):
-            rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self._open = self.step(rate)
-        self._open.__enter__()
+    def callback(self) -> Any:
+        """Return a callback for Lightning's ``Trainer(callbacks=[…])`` that records here.
 
-    def on_train_batch_end(
-        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """End a step; the optimizer has acted by then, its gradients are still there."""
-        if self._open is None:
-            return
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
-            self._open.loss = loss
-        self._open.__exit__(None, None, None)
-        self._open = None
+        Raises:
+            ImportError: Without Lightning.
+        """
+        try:
+            from lightning.pytorch import Callback
+        except ImportError as error:
+            raise ImportError(
+                "a callback of Lightning needs it; install it with: pip install lightning"
+            ) from error
+        recorder = self
+
+        class _Callback(Callback):  # type: ignore[misc, unused-ignore]
+            def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+                rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else None
+                recorder._open = recorder.step(rate)
+                recorder._open.__enter__()
+
+            def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+                # The optimizer has acted by then; its gradients are still there.
+                step, recorder._open = recorder._open, None
+                if step is None:
+                    return
+                loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+                if isinstance(loss, Tensor):
+                    step.loss = loss
+                step.__exit__(None, None, None)
+
+            def on_exception(self, *_: Any) -> None:
+                step, recorder._open = recorder._open, None
+                if step is not None:
+                    step.__exit__(RuntimeError, None, None)
+
+        return _Callback()
 
 
 class _Step:
