@@ -16,6 +16,7 @@ EXTRAS = {
         "tyro", "rich", "jinja2", "scipy", "altair", "vl-convert-python", "pillow", "filelock",
     ),
     "triton": ("triton",),
+    "diagnostics": ("scikit-learn",),
     "export": ("onnx", "onnxscript", "onnxruntime"),
 }  # fmt: skip
 
