@@ -47,8 +47,8 @@ def write_claims(app):
     """Write the ledger from the records, so that no verdict is a hand's."""
     from normlab import claims
     from normlab.claims import page
-    from normlab.report.look import Look
     from normlab.report.extra import need
+    from normlab.report.look import Look
 
     ledger = list(claims.ledger().values())
     drawn = []
