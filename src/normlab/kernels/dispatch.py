@@ -11,7 +11,7 @@ from torch import Tensor
 from normlab.core.operation import Operation
 from normlab.core.partition import Layout
 from normlab.kernels import closed_form, reference
-from normlab.kernels.cpu import call, library, ops
+from normlab.kernels.cpu import call, library
 from normlab.kernels.triton import call as gpu
 
 # Families of compiled kernels, asked in this order. Each has the functions `supports`, `normalize`
@@ -96,18 +96,11 @@ def compiled() -> tuple[ModuleType, ...]:
     return built if gpu.interpreted() else built + _GPU
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _present() -> bool:
-    """Whether kernels were built; tracers take the answer, and do not look how it is found."""
-    return library.load()[0] is not None
-
-
 def covering(layout: Layout, operation: Operation, activation: str | None) -> ModuleType | None:
-    """Return the family of kernels that has a case, whatever its tensors are, or None."""
-    if _present():
-        for family in FAMILIES:
-            if hasattr(family, "covers") and family.covers(layout, operation, activation):
-                return family
+    """Return the family of kernels for a case, whatever its tensors, built or not; or None."""
+    for family in FAMILIES:
+        if hasattr(family, "covers") and family.covers(layout, operation, activation):
+            return family
     return None
 
 
@@ -137,8 +130,11 @@ def kernels_for(
     """
     families = compiled()
     if torch.compiler.is_compiling() and _current not in ("torch", "reference"):
+        # Only now: its registration loads the compiler, which takes seconds.
+        from normlab.kernels.cpu import ops
+
         wanted = _current == "cpu" or not torch.compiler.is_exporting()
-        families = (ops,) if wanted and _present() else ()
+        families = (ops,) if wanted and ops.present() else ()
     for family in families:
         if family.supports(x, layout, operation, activation, parameters, buffers):
             return family

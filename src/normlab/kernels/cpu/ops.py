@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from normlab.core.operation import Operation
 from normlab.core.partition import Layout, partition
 from normlab.kernels import closed_form, reference
-from normlab.kernels.cpu import function
+from normlab.kernels.cpu import function, library
 from normlab.kernels.cpu.function import WIDE, Job, Parameters
 from normlab.kernels.reference import Moments, Spec
 
@@ -70,7 +70,7 @@ def _shape(layout: Layout) -> list[int]:
 def _family(layout: Layout, spec: Spec, x: Tensor) -> ModuleType | None:
     from normlab.kernels import dispatch
 
-    if x.dtype not in function.DTYPES:
+    if x.dtype not in function.DTYPES or library.load()[0] is None:
         return None
     return dispatch.covering(layout, spec.operation, spec.activation)
 
@@ -247,6 +247,13 @@ torch.library.register_autograd(
 )
 
 
+# Tracers take the answers of these two, and do not look how they are found.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def present() -> bool:
+    """Whether kernels were built."""
+    return library.load()[0] is not None
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _transformed() -> bool:
     """Whether a transform of `torch.func` is at work, which needs to see inside."""
@@ -282,6 +289,7 @@ def supports(
         and forward_ad._current_level < 0
         and x.dtype in function.DTYPES
         and all(t.device.type == "cpu" for t in tensors)
+        and present()
         and dispatch.covering(layout, operation, activation) is not None
     )
 
