@@ -127,8 +127,9 @@ def test_long_sums_and_samples_in_parts(name, shape, order):
     dy = away_from_the_kink(layer, x, torch.rand(shape, generator=g)) if "b0" in name else x + 0.1
     ours = run(layer, arrange(x, order), arrange(dy, order), "auto")
     exact = run(copy.deepcopy(layer).double(), x.double(), dy.double(), "reference")
-    # Single roundings; in dx through 1/D. The weights of a mixture have gradients that cancel.
-    close(ours, exact, [1e-6, 4e-6, 4e-6, 4e-6, 4e-5])
+    # A few roundings of 6e-8, of moments, coefficients and results; in dx times 1/D. The weights
+    # of a mixture have gradients that cancel.
+    close(ours, exact, [4e-6, 4e-6, 4e-6, 4e-6, 4e-5])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
