@@ -18,7 +18,8 @@ namespace {
 constexpr i64 CHUNK = 1024;       // terms of a sum in R
 constexpr i64 PIECES = 32;        // parts whose sums for parameters are taken apart
 constexpr i64 SHORT = 64;         // positions whose sums for parameters are in R
-constexpr i64 FIRST = 8 << 10;    // bytes of a tile of columns, in a first-level cache
+// Bytes of a tile of columns: no more, so that reading and writing memory overlap.
+constexpr i64 FIRST = 4 << 10;
 constexpr i64 SECOND = 256 << 10; // bytes of a tile of rows, in a second-level cache
 
 // One R each a channel of `given`, or `other` where there are none.
