@@ -44,6 +44,7 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
   k.columns = r() % 2;
   k.act = r() % 4, k.shift = r() % 2, k.about_mean = r() % 2, k.scale = r() % 4 > 0;
   k.measure = r() % 2, k.from_batch = r() % 2, k.eps = 1e-5;
+  k.power = double(pick({1, 1, 2, 3})) + (r() % 4 ? 0.0 : 0.5), k.factor = 1.25;
   // Strides with gaps between rows and between samples, or none; 0 is an expanded axis.
   auto strides = [&](i64 &sn, i64 &sc, i64 &sp, bool read) {
     i64 &outer = k.columns ? sp : sc, rows = k.columns ? k.p : k.c;
@@ -180,6 +181,7 @@ NAMES = """
 DRIVERS = {
     "normalize.cpp": NAMES.format("normlab", 0) + NORMALIZE,
     "lines.cpp": NAMES.format("normlab_lines", 1) + NORMALIZE,
+    "powers.cpp": NAMES.format("normlab_powers", 0) + NORMALIZE,
     "units.cpp": UNITS,
     "maps.cpp": MAPS,
 }

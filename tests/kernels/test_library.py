@@ -50,6 +50,8 @@ def ours(abi=library.ABI):
         "int normlab_backward(void *c, int d) { return 0; }"
         "int normlab_lines_forward(void *c, int d) { return 0; }"
         "int normlab_lines_backward(void *c, int d) { return 0; }"
+        "int normlab_powers_forward(void *c, int d) { return 0; }"
+        "int normlab_powers_backward(void *c, int d) { return 0; }"
         "int normlab_units(void *c, int d, int b) { return 0; }"
         "int normlab_rewrite(void *c, int d) { return 0; }"
         "int normlab_maps(void *c, int p, int d) { return 0; }"

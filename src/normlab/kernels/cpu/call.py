@@ -1,11 +1,12 @@
-"""Kernels of second moments, over blocks of samples and channels, or over channels at positions.
+"""Kernels of deviations, over blocks of samples and channels, or over channels at positions.
 
-Areas are blocks of samples and channels with all their positions, or runs of channels at single
-positions.
+Areas are blocks of samples and channels with all their positions, or, for second moments, runs of
+channels at single positions.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from ctypes import byref
@@ -28,6 +29,16 @@ _FAMILY = sys.modules[__name__]
 _MOST = 256  # orders of memory that are remembered of a shape
 
 
+def _second(operation: Operation) -> bool:
+    """Whether the moments are second ones, or there are none; powers.cpp has the others."""
+    return operation.p in (None, 2) and operation.factor == 1
+
+
+def _runs(layout: Layout, operation: Operation) -> bool:
+    """Whether areas are runs of channels at single positions, which second moments may have."""
+    return _second(operation) and lines.channels_of_area(layout) is not None
+
+
 def covers(layout: Layout, operation: Operation, activation: str | None) -> bool:
     """Whether the kernels have this case, whatever its tensors are.
 
@@ -37,13 +48,12 @@ def covers(layout: Layout, operation: Operation, activation: str | None) -> bool
         activation: The fused activation.
 
     Returns:
-        Whether areas are blocks or runs of channels, and the moments second ones.
+        Whether areas are blocks, or runs of channels and the moments second ones.
     """
     return (
-        operation.p in (None, 2)
-        and operation.factor == 1
-        and activation in _ACTIVATIONS
-        and (layout.blocks is not None or lines.channels_of_area(layout) is not None)
+        activation in _ACTIVATIONS
+        and operation.p != math.inf
+        and (layout.blocks is not None or _runs(layout, operation))
         and 0 not in layout.shape
     )
 
@@ -56,7 +66,7 @@ def supports(
     parameters: Parameters = (),
     buffers: Iterable[Tensor | None] = (),
 ) -> bool:
-    """Whether the kernels compute this case: plain dense CPU tensors, second moments, no transform.
+    """Whether the kernels compute this case: plain dense CPU tensors, areas as above, no transform.
 
     Args:
         x: The input.
@@ -158,14 +168,16 @@ def _recorded(job: Job, x: Tensor) -> _Record:
     n, c, p = layout.lengths
     area, statistics, entry = layout.blocks or (1, 1), (0, 0, 0), "normlab"
     run = lines.channels_of_area(layout)
-    if run is not None:
+    if not _second(op):
+        entry = "normlab_powers"
+    elif run is not None:
         area, statistics, entry = (1, run), lines.statistics_walk(layout, run), "normlab_lines"
         if p == 1:  # samples are positions of one
             n, p, statistics = 1, n, (0, 1, statistics[0])
     call = Call(
         n, c, p, *area, *walk, *walk, *walk, *statistics, rows is None,
         _ACTIVATIONS[job.spec.activation], op.shift, op.about == "mean", op.p is not None,
-        False, job.from_batch, 0.0,
+        False, job.from_batch, 0.0, op.power, op.factor,
     )  # fmt: skip
     dense = torch.empty_like(x).stride() == x.stride()
     return _Record(None if rows is columns is None else rows is None, dense, walk, entry, call)

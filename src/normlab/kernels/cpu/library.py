@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-ABI = 3
-ENTRIES = ("normlab", "normlab_lines")
+ABI = 4
+ENTRIES = ("normlab", "normlab_lines", "normlab_powers")
 """Families of functions that take a `Call`; each has a forward and a backward direction."""
 SWITCH = "NORMLAB_KERNELS"
 FOLDER = Path(__file__).resolve().parent
@@ -28,7 +28,7 @@ class Call(ctypes.Structure):
             "mn", "mg", "mp", "columns", "act", "shift", "about_mean", "scale", "measure",
             "from_batch",
         )],
-        ("eps", ctypes.c_double),
+        *[(name, ctypes.c_double) for name in ("eps", "power", "factor")],
         *[(name, ctypes.c_void_p) for name in (
             "x", "dy", "gamma", "beta", "tau", "mean", "moment", "y", "dx", "dgamma", "dbeta",
             "dtau", "deps",

@@ -430,4 +430,4 @@ EXPORT int normlab_backward(const Call *call, int dtype) noexcept {
   return guarded(*call, dtype, true);
 }
 
-EXPORT int normlab_abi() noexcept { return 3; }
+EXPORT int normlab_abi() noexcept { return 4; }
