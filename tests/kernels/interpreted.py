@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import normlab as nl
-from kernels.cases import arrange, build, close, layout, values
+from kernels.kernel_cases import arrange, build, close, layout, values
 from normlab.core.operation import Scale
 from normlab.kernels import dispatch
 from normlab.kernels.cpu.function import _Normalize

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import normlab as nl
-from kernels.cases import arrange, build, close, layout, run, values
+from kernels.kernel_cases import arrange, build, close, layout, run, values
 from normlab.kernels import dispatch
 
 pytestmark = pytest.mark.skipif(

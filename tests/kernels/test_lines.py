@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import normlab as nl
-from kernels.cases import arrange, close, run, values
+from kernels.kernel_cases import arrange, close, run, values
 from normlab.core.operation import Center, LearnedEps, Scale, Standardize
 from normlab.core.recovery import Affine
 from normlab.core.statistics import Running

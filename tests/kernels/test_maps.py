@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.cases import arrange, build, close, functions
 
 import normlab as nl
+from kernels.kernel_cases import arrange, build, close, functions
 from normlab.kernels import dispatch
 from normlab.kernels.cpu import maps
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normlab as nl
 from activations.cases import sample
-from kernels.cases import build
+from kernels.kernel_cases import build
 from normlab.kernels import dispatch
 from normlab.kernels.cpu import ops
 from normlab.kernels.reference import Spec

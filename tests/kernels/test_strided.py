@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import normlab as nl
-from kernels.cases import build, close, values
+from kernels.kernel_cases import build, close, values
 from normlab.kernels import dispatch
 
 pytestmark = pytest.mark.skipif(
