@@ -185,3 +185,51 @@ def test_command_reads_checkpoints_safely(tmp_path, capsys):
         assert main(["diagnose", *options, "--checkpoint", str(tmp_path / f"{name}.pt")]) == 1
         assert message in capsys.readouterr().err
     assert main(["diagnose", "--batches", "0"]) == 1
+
+
+def test_statistics_that_are_no_numbers():
+    model = healthy()
+    model[1].running_var.fill_(math.nan)
+    found = diagnose(model, F.cross_entropy, batches(), budget=30)
+    severe = {f.place for f in found.findings if f.severity == "severe"}
+    assert severe >= {"1", "model"}, str(found)  # the layer, and the loss in evaluation
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_too_few_observations_say_nothing_of_conditioning():
+    """Second moments of 16 vectors of 64 numbers have rank 16, however good the network is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
+    data = [(torch.randn(16, 64), torch.randint(0, 4, (16,)))]
+    found = diagnose(model, F.cross_entropy, data, budget=30)
+    assert not [f for f in found.findings if "κ" in f.says], str(found)
+
+
+def test_branches_that_start_silent_are_not_dead():
+    """γ = 0 at the end of a residual branch is how networks are started."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+            nn.init.zeros_(self.branch[1].weight)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(x + self.branch(x))
+
+    torch.manual_seed(0)
+    data = [(torch.randn(32, 8), torch.randint(0, 4, (32,))) for _ in range(2)]
+    found = diagnose(Residual(), F.cross_entropy, data, budget=30)
+    assert not [f for f in found.findings if "zero at all" in f.says], str(found)
+
+
+def test_a_deep_network_keeps_to_the_budget():
+    """Covariate shift takes a gradient for each layer: it is known before, not after."""
+    from normlab.diagnostics.diagnose import _probes
+    from normlab.diagnostics.subject import Subject
+
+    deep = nn.Sequential(*[nn.Linear(4, 4) for _ in range(100)])
+    subject = Subject(deep, F.mse_loss, [(torch.ones(2, 4), torch.ones(2, 4))])
+    cost = {probe.name: probe.cost for probe, _ in _probes(subject, 0.1, None)}
+    assert cost["covariate_shift"] >= 100

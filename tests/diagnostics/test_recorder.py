@@ -137,3 +137,13 @@ def test_lightning(tmp_path):
 def test_wrong_options(wrong):
     with pytest.raises(ValueError, match="every is at least 1"):
         nl.Recorder(network(), **wrong)
+
+
+def test_json_of_what_is_not_finite():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
+    recorder = nl.Recorder(model, every=1, share=1.0)
+    with recorder.step():  # no loss is given, and a constant input has no variance
+        model(torch.ones(4, 2)).sum().backward()
+    (one,) = json.loads(json.dumps(recorder.to_json(), allow_nan=False))
+    assert one["loss"] == "nan"
+    assert one["gap"]["0"] == "inf"

@@ -101,3 +101,67 @@ def test_noise_of_a_network():
         (found,) = noise(subject, 4)
     assert found.name == "1"
     assert 0.01 < found.disturbance < 1
+
+
+def test_a_layers_own_dropout_is_off():
+    torch.manual_seed(0)
+    model = nl.norm("ic", 3, dropout=0.5)
+    x = torch.randn(64, 3)
+    nl.recalibrate(model, [x])
+    with Subject(model, F.mse_loss, [(x, x)]) as subject:
+        found = discrepancy(subject)
+    assert found.output < 0.02  # Bessel's correction over 64 samples
+
+
+def test_constant_channels_are_not_off():
+    """What varies by less than ε is a constant to the layer, wherever rounding puts the ratio."""
+    layer = nn.BatchNorm1d(3)
+    layer.running_var.copy_(torch.tensor([1.0, 1e-15, 1.0]))
+    x = torch.randn(64, 3)
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    x[:, :2] = 0.0
+    x[0, 1] = 1e-6
+    with Subject(layer, F.mse_loss, [(x, x)]) as subject:
+        (found,) = stored(subject)
+    assert math.isclose(found.variance, 1, rel_tol=1e-5)
+    assert found.mean < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("running_var", math.nan), ("running_var", -1.0), ("running_mean", math.inf)],
+)
+def test_statistics_that_are_no_numbers(name, value):
+    layer = nn.BatchNorm1d(3)
+    getattr(layer, name)[1] = value
+    x = torch.randn(64, 3)
+    with Subject(layer, F.mse_loss, [(x, x)]) as subject:
+        (found,) = stored(subject)
+    assert math.inf in (found.variance, found.mean)
+    if name == "running_var":
+        assert found.channel == 1
+
+
+def test_inputs_that_are_written_to_later():
+    """A residual sum in place changes what the normalizer was given."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            x = x.clone()
+            y = self.norm(x)
+            x += 100 * y
+            return x * self.weight
+
+    block = Block()
+    x = torch.randn(4, 3) * 5
+    with Subject(block, F.mse_loss, [(x, x)]) as subject:
+        (found,) = stored(subject)
+    train = copy.deepcopy(block.norm)(x)
+    evaluation = copy.deepcopy(block.norm).eval()(x)
+    expected = float(((evaluation - train).norm() / train.norm()).detach())
+    assert math.isclose(found.discrepancy, expected, rel_tol=1e-4)

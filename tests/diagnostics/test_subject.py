@@ -226,3 +226,23 @@ def test_wrong_uses():
         pytest.raises(ValueError, match="a batch is a pair"),
     ):
         wrong.loss()
+
+
+def test_loaders_draw_and_are_read_no_further():
+    """Iterating over a loader draws from torch's generator, before any module runs."""
+    data = torch.utils.data.TensorDataset(torch.randn(12, 2), torch.zeros(12, 1))
+    loader = torch.utils.data.DataLoader(data, 4, shuffle=True)
+    model = nn.Linear(2, 1)
+    before = torch.get_rng_state()
+    with Subject(model, nn.functional.mse_loss, loader) as subject:
+        assert len(subject.batches) == 3
+    assert torch.equal(torch.get_rng_state(), before)
+    stream = iter([(torch.ones(1, 2), torch.ones(1, 1))] * 5)
+    Subject(model, nn.functional.mse_loss, stream, limit=2)
+    assert len(list(stream)) == 3
+
+
+def test_copies_on_several_devices():
+    model = nn.DataParallel(nn.Linear(2, 1))
+    with Subject(model, nn.functional.mse_loss, [(torch.ones(4, 2), torch.ones(4, 1))]) as subject:
+        assert set(subject.gradient()) == {"weight", "bias"}

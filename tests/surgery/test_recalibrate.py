@@ -105,3 +105,18 @@ def test_nothing_to_do():
         recalibrate(nn.Linear(2, 2), [torch.ones(2, 2)])
     with pytest.raises(ValueError, match="received none"):
         recalibrate(nn.BatchNorm1d(2), [])
+
+
+def test_a_layers_own_dropout_is_off():
+    """Else the second of two layers would be told of inputs that evaluation never gives it."""
+    torch.manual_seed(0)
+    x = torch.randn(512, 4)
+    model = nn.Sequential(nl.norm("ic", 4, dropout=0.5), nl.norm("ic", 4))
+    recalibrate(model, [x])
+    torch.testing.assert_close(model[1].running_var, torch.ones(4), rtol=5e-3, atol=0)
+
+
+def test_batches_are_read_no_further():
+    stream = iter(data())
+    recalibrate(nn.BatchNorm2d(3), stream, limit=2)
+    assert len(list(stream)) == 10

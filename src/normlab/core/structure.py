@@ -1,9 +1,10 @@
-"""Tensors inside nested tuples, lists, mappings and dataclasses."""
+"""Tensors and numbers inside nested tuples, lists, mappings and dataclasses."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -35,3 +36,21 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value):
         for field in fields(value):
             yield from tensors(getattr(value, field.name))
+
+
+def plain(value: Any) -> Any:
+    """Nested values as those of JSON: what is not finite becomes a word.
+
+    Example:
+        >>> plain({"a": (1, float("nan")), 2: None})
+        {'a': [1, 'nan'], '2': None}
+    """
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return plain(asdict(value)) if is_dataclass(value) and not isinstance(value, type) else value

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from normlab.core.structure import tensors
+from normlab.core.structure import plain, tensors
 from normlab.diagnostics import (
     curvature,
     dependence,
@@ -58,20 +57,8 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values; what is not finite becomes a word."""
-        found: dict[str, Any] = _json(asdict(self))
+        found: dict[str, Any] = plain(self)
         return found
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return _json(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(k): _json(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return _json(asdict(value)) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 @dataclass(frozen=True)
@@ -216,8 +203,10 @@ def _probes(
         (_Probe("factors", 6, lambda s, _: factors.factors(s), findings.of_factors), "first"),
     ]
     if lr is not None:
+        # One gradient for each layer that is measured, beside that of the start.
+        cost = 2 + sum(p.ndim > 1 for p in subject.parameters.values())
         probes += [
-            (_Probe("covariate_shift", 25, lambda s, _: landscape.covariate_shift(s, rate)),
+            (_Probe("covariate_shift", cost, lambda s, _: landscape.covariate_shift(s, rate)),
              "first"),
         ]  # fmt: skip
     return probes

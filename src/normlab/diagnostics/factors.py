@@ -36,7 +36,7 @@ class Spectrum:
     observations: int
 
     def condition(self, share: float = 1.0) -> float:
-        """λ_max/λ_k, k the eigenvalue at that share of all (2009.12836 calls it κ_share).
+        """λ_max/λ_k, k the eigenvalue at that share of all (κ_share).
 
         Args:
             share: 1 for the least eigenvalue, 0.8 for the one that 80 % reach.

@@ -65,7 +65,9 @@ NOISE = Threshold(0.5, _OURS + "half of an output's deviation is then its compan
 EXPLODES = Threshold(1.2, _OURS + "a hundredfold over 25 layers")
 VANISHES = Threshold(1 / 1.2, EXPLODES.source)
 DEAD = Threshold(0.5, _OURS + "half of a layer's channels are unused")
-COLLAPSED = Threshold(0.95, "2106.05956: layers whose samples' cosine nears 1 train slowly")
+COLLAPSED = Threshold(
+    0.95, "2106.05956: networks whose samples' cosine nears 1 train slowly; how near is chosen here"
+)
 SHARP = Threshold(2.0, "2103.00065: gradient descent leaves a quadratic of sharpness over 2/η")
 OUT_OF_BALANCE = Threshold(3.0, _OURS + "effective rates are then 9 times off their balance")
 CONDITION = Threshold(1e5, _OURS + "float32 has 7 digits; two are left of a solution")
@@ -87,6 +89,8 @@ def of_stored(found: Sequence[Stored]) -> Iterator[Finding]:
             continue
         value, worst = max(beyond, key=lambda pair: pair[0])
         text = says.format(**vars(worst))
+        if math.inf in (worst.variance, worst.mean):
+            text = "a stored statistic is not a finite number, or a variance below 0"
         if len(beyond) > 1:
             text += f", the worst of {len(beyond)} normalizers"
         severity: Severity = "severe" if value > limit.value**2 and value > 4 else "warning"
@@ -101,6 +105,8 @@ def _off(ratio: float) -> float:
 def of_discrepancy(found: Discrepancy) -> Iterator[Finding]:
     """The loss in evaluation against that with statistics of the batch."""
     gap = (found.loss_eval - found.loss_train) / max(abs(found.loss_train), 1e-12)
+    if math.isnan(gap) and math.isfinite(found.loss_train):
+        gap = math.inf  # evaluation knows no number
     if gap > LOSS_GAP.value:
         says = (
             f"the loss is {found.loss_eval:.3g} with stored statistics and {found.loss_train:.3g} "
@@ -200,8 +206,9 @@ def of_scale(found: Sequence[ScaleOf]) -> Iterator[Finding]:
 
 
 def of_factors(found: Sequence[Factors]) -> Iterator[Finding]:
-    """Inputs of layers that are badly conditioned."""
-    bad = [(f.inputs.condition(0.8), f) for f in found]
+    """Inputs of layers that are badly conditioned, where the batch is large enough to tell."""
+    enough = [f for f in found if f.inputs.observations >= len(f.inputs.values)]
+    bad = [(f.inputs.condition(0.8), f) for f in enough]
     bad = [(k, f) for k, f in bad if k > CONDITION.value]
     if bad:
         worst = max(bad, key=lambda pair: pair[0])

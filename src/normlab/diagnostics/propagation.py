@@ -28,7 +28,8 @@ class Layer:
         stable_rank: tr(M)/‖M‖₂ of the samples' cosine matrix M, from 1 to the number of samples
             (2106.05956).
         effective_rank: exp of the entropy of M's normalized spectrum (Roy & Vetterli 2007).
-        dead: Share of channels that are zero at all samples and positions.
+        dead: Share of channels that are zero at all samples and positions; 0 where the module's own
+            weight (γ) is zero, as at the start of a residual branch.
     """
 
     name: str
@@ -101,7 +102,10 @@ def _measured(name: str, module: nn.Module, y: Tensor, depth: int, samples: int)
     y = y.detach()
     y = y if y.dtype == torch.float64 else y.float()
     rows = by_channel(y, channel_dim(module, y)) if y.ndim > 1 else y[:, None]
-    alive = (rows != 0).any(1)
+    weight = getattr(module, "weight", None)
+    # A branch that starts at γ = 0 is silent, not dead: its gradient will move γ.
+    silent = isinstance(weight, Tensor) and not bool(weight.any())
+    alive = torch.ones(len(rows), dtype=torch.bool) if silent else (rows != 0).any(1).cpu()
     cosine, stable, effective = _angles(y[:samples].flatten(1) if y.ndim > 1 else y[:samples, None])
     layer = Layer(
         name, type(module).__name__, depth, tuple(y.shape),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normlab.core.structure import plain
 from normlab.diagnostics.held import keeps_statistics
 from normlab.diagnostics.watch import by_channel, channel_dim, watched
 from normlab.weights import units
@@ -111,8 +112,9 @@ class Recorder:
         return step
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The moments as JSON values."""
-        return [asdict(moment) for moment in self.moments]
+        """The moments as JSON values; what is not finite becomes a word."""
+        found: list[dict[str, Any]] = plain(self.moments)
+        return found
 
     def _add(self, moment: Moment) -> None:
         self.moments.append(moment)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normlab.core.population import Population
+from normlab.core.stored import StoringLayer
 from normlab.diagnostics.held import held, keeps_statistics
 from normlab.diagnostics.subject import Subject
 from normlab.diagnostics.subject import outputs as floating
@@ -22,9 +24,11 @@ class Stored:
 
     Attributes:
         name: Dotted name.
-        mean: Largest |μ_stored − μ|/σ over channels; nan where no mean is stored.
-        variance: The ratio σ²_stored/σ² farthest from 1, of all channels; nan where no variance
-            is stored.
+        mean: Largest |μ_stored − μ|/max(σ, √ε) over channels; inf where a stored one is not finite,
+            nan where none is stored.
+        variance: The ratio σ²_stored/σ² farthest from 1, of all channels but those with σ² < ε,
+            which are constant to the layer; inf where a stored one is not finite or negative, nan
+            where none is stored.
         channel: The channel of that ratio.
         discrepancy: ‖y_eval − y_train‖/‖y_train‖ over the batches, of this layer alone, both on
             the inputs that it met.
@@ -67,10 +71,10 @@ def stored(subject: Subject) -> list[Stored]:
         found.setdefault(name, Population()).add(x, channel_dim(module, x))
 
     with torch.no_grad():
-        inputs = _inputs(subject, keeps_statistics, see)
-        for name, xs in inputs.items():
-            module = subject.model.get_submodule(name)
-            differences[name] = [_discrepancy(module, x) for x in xs]
+        for batch in subject.batches:  # one at a time: inputs of all layers are large
+            for name, xs in _inputs(subject, [batch], keeps_statistics, see).items():
+                module = subject.model.get_submodule(name)
+                differences.setdefault(name, []).extend(_discrepancy(module, x) for x in xs)
     return [
         _compared(name, subject.model.get_submodule(name), seen, differences[name])
         for name, seen in found.items()
@@ -79,6 +83,7 @@ def stored(subject: Subject) -> list[Stored]:
 
 def _inputs(
     subject: Subject,
+    batches: Sequence[Any],
     wanted: Callable[[nn.Module], bool],
     see: Callable[[str, nn.Module, Tensor, Tensor], None] | None = None,
 ) -> dict[str, list[Tensor]]:
@@ -87,12 +92,12 @@ def _inputs(
 
     def keep(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         if wanted(module):
-            found.setdefault(name, []).append(x.detach())
+            found.setdefault(name, []).append(x.detach().clone())  # it may be written to later
             if see is not None:
                 see(name, module, x, y)
 
     with watched(subject.model, keep):
-        for batch in subject.batches:
+        for batch in batches:
             subject.evaluate(batch)
     return found
 
@@ -100,14 +105,18 @@ def _inputs(
 def _compared(name: str, module: nn.Module, seen: Population, differences: list[float]) -> Stored:
     mean, variance = seen.mean, seen.variance
     kept = dict(module.named_buffers(recurse=False))
+    eps = float(torch.as_tensor(getattr(module, "eps", 0.0)).detach().max())
     off = ratio = math.nan
     channel = -1
     if (running := kept.get("running_mean")) is not None and running.numel() == len(mean):
-        shift = (running.double().reshape(-1) - mean).abs() / variance.sqrt()
-        off = float(shift.nan_to_num(0.0).max())
+        here = running.double().reshape(-1)
+        shift = ((here - mean).abs() / variance.clamp(min=eps).sqrt()).nan_to_num(0.0)
+        off = float(torch.where(here.isfinite(), shift, math.inf).max())
     if (running := kept.get("running_var")) is not None and running.numel() == len(variance):
-        ratios = running.double().reshape(-1) / variance
-        channel = int(ratios.log().abs().nan_to_num(0.0, posinf=1e300).argmax())
+        here = running.double().reshape(-1)
+        ratios = torch.where(variance < eps, 1.0, here / variance).nan_to_num(1.0)
+        ratios = torch.where(here.isfinite() & (here >= 0), ratios, math.inf)
+        channel = int(ratios.log().abs().argmax())
         ratio = float(ratios[channel])
     return Stored(name, off, ratio, channel, max(differences, default=math.nan))
 
@@ -154,7 +163,9 @@ def discrepancy(subject: Subject) -> Discrepancy:
         for mode in outputs:
             with held(subject.model, "eval"):
                 for module in subject.model.modules() if mode == "train" else ():
-                    if keeps_statistics(module):
+                    if isinstance(module, StoringLayer):  # its own dropout or noise stays off
+                        module.use = "batch"
+                    elif keeps_statistics(module):
                         module.train()
                 for batch in subject.batches:
                     result = subject.evaluate(batch)
@@ -221,8 +232,8 @@ def disturbance(
     with torch.no_grad():
         for _ in range(draws):
             order = torch.randperm(len(pool), generator=draw)[:whole]
-            y = torch.zeros(pool.shape, dtype=torch.float64)
-            met = torch.zeros(len(pool), dtype=torch.float64)
+            y = torch.zeros(pool.shape, dtype=torch.float64, device=pool.device)
+            met = torch.zeros(len(pool), dtype=torch.float64, device=pool.device)
             for part in torch.split(order, batch_size):
                 with held(layer, "train"):
                     y[part] = layer(pool[part]).double()
@@ -263,7 +274,7 @@ def noise(subject: Subject, batch_size: int, *, draws: int = 16) -> list[Noise]:
         One for each normalizer with stored statistics, in order of execution.
     """
     with torch.no_grad():
-        inputs = _inputs(subject, keeps_statistics)
+        inputs = _inputs(subject, subject.batches, keeps_statistics)
     found = []
     for name, xs in inputs.items():
         pool = torch.cat(xs)

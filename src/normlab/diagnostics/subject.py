@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -68,9 +69,10 @@ class Subject:
         limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.model: nn.Module = getattr(model, "_orig_mod", model)  # not what was compiled of it
+        self.model = _inner(model)
         self.criterion, self.mode, self.seed = loss, mode, seed
-        self.batches = _taken(batches, limit)
+        with same_random_state(self.model):  # a loader draws its order, or a seed for its workers
+            self.batches = _taken(batches, limit)
         parameters = dict(self.model.named_parameters())
         self.parameters = {k: p.detach() for k, p in parameters.items() if p.requires_grad}
         self.constants = {k: p.detach() for k, p in parameters.items() if not p.requires_grad}
@@ -147,6 +149,17 @@ class Subject:
         return {name: g / len(self.batches) for name, g in sums.items()}
 
 
+def _inner(model: nn.Module) -> nn.Module:
+    """What was compiled, or is copied to several devices."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def _leaves(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: p.detach().requires_grad_() for k, p in parameters.items()}
 
@@ -156,12 +169,7 @@ def _taken(batches: Iterable[Any], limit: int | None) -> list[Any]:
         isinstance(batches, tuple) and all(isinstance(part, Tensor) for part in batches)
     ):
         raise ValueError("batches is a list (or any iterable) of batches; received a single one")
-    taken: list[Any] = []
-    for batch in batches:
-        if limit is not None and len(taken) >= limit:
-            break
-        taken.append(batch)
-    return taken
+    return list(islice(batches, limit))
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -106,21 +107,19 @@ def _measured(
         stack.callback(_restore, [(m, m.training) for m in model.modules()])
         model.eval()
         for name, module in chosen.items():
-            module.train()
-            if isinstance(module, StoringLayer):
+            if isinstance(module, StoringLayer):  # not in training, where some drop or add noise
                 stack.callback(_set_policies, module, module.use, module.update)
                 _set_policies(module, "batch", "accumulate")
                 module._pooled = None
             else:
+                module.training = True
                 stack.callback(setattr, module, "momentum", cast(Any, module).momentum)
                 cast(Any, module).momentum = 0.0  # what it writes changes nothing
                 kept = cast(Tensor, module.num_batches_tracked)
                 stack.callback(kept.copy_, kept.clone())
                 handle = module.register_forward_pre_hook(_adder(seen, name), with_kwargs=True)
                 stack.callback(handle.remove)
-        for batch in batches:
-            if limit is not None and used >= limit:
-                break
+        for batch in islice(batches, limit):
             _run(model, batch)
             used += 1
     return seen, used
