@@ -1,6 +1,7 @@
 """The ledger: complete, computed from records, resumable, and readable."""
 
 import json
+import math
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_records_are_not_trusted(records):
     assert one.judge("cpu").verdict == "open"  # another protocol's
 
 
-def test_comparisons_are_read_from_their_store(records):
+def test_comparisons_are_read_from_their_store(records, capsys, monkeypatch):
     EXPERIMENTS["tiny"] = (
         "Tiny", "--normalizers none batch --network mlp --epochs 0.1 --tune-epochs 0.1 --lrs 0.1 "
         "--points 1 --train-limit 100 --seeds 2",
@@ -92,6 +93,9 @@ def test_comparisons_are_read_from_their_store(records):
         assert protocol.seeds("gpu") == 0
         assert one.judge("cpu").verdict == "open"
         protocol.run(one, "cpu", lambda text: None)
+        assert capsys.readouterr().out == ""  # --json prints JSON alone
+        monkeypatch.setattr("normlab.cli.main", None)
+        protocol.run(one, "cpu", lambda text: None)  # nothing is missing
         judged = one.judge("cpu")
         assert judged.n == 2
         assert judged.records == ("tiny",)
@@ -141,3 +145,83 @@ def test_a_failing_protocol_costs_no_other(capsys, monkeypatch):
     monkeypatch.setattr(type(ic.CLAIMS[0].protocol), "run", fails)
     assert main(["claims", "run", "ic/information", "ic/correlation"]) == 1
     assert "ic/information failed: RuntimeError: broken" in capsys.readouterr().err
+
+
+def test_a_torn_line_costs_itself_alone(records):
+    one = claim(lambda scale, seed: {"d": 0.0})
+    one.protocol.run(one, "cpu", lambda text: None)
+    path = records / "claims/mine/one.cpu.jsonl"
+    path.write_text(path.read_text()[:-40])  # cut off in the middle of the last line
+    assert one.judge("cpu").n == 2
+    one.protocol.run(one, "cpu", lambda text: None)
+    assert one.judge("cpu").n == 3
+
+
+def test_interrupted_runs_keep_what_is_done(capsys, monkeypatch):
+    import normlab.claims as claims
+
+    def measure(scale, seed):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return {"d": 0.0}
+
+    one = claim(measure)
+    monkeypatch.setattr(claims, "ledger", lambda: {one.id: one})
+    assert main(["claims", "run"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert one.judge("cpu").n == 2
+
+
+@pytest.mark.parametrize(
+    "one", [c for c in ledger().values() if isinstance(c.protocol, Measured)], ids=lambda c: c.id
+)
+def test_every_measurement_runs(one):
+    """The smoke scale: seconds each, and every number is finite."""
+    one.protocol.run(one, "smoke", lambda text: None)
+    found = one.protocol.read(one, "smoke")
+    assert len(found) == one.protocol.seeds("smoke")
+    assert all(math.isfinite(v) for seen in found for v in seen.values.values())
+    # One repetition of a measurement decides nothing; of a law, everything.
+    if isinstance(one.rule, Exact):
+        assert one.judge("smoke").verdict == "reproduced"
+
+
+def test_comparisons_name_their_arms():
+    """Every effect finds the arms that it asks for in the plan of its comparison."""
+    import tyro
+
+    from normlab.cli import split_lists
+    from normlab.commands.compare import Compare
+
+    class Asked(Arms):
+        def __call__(self, normalizer, condition):
+            asked.add((normalizer, condition))
+            return float(len(asked))
+
+    for one in ledger().values():
+        if isinstance(one.protocol, Compared):
+            asked = set()
+            one.protocol.effect(Asked({}, 0))
+            words = split_lists(command(one.protocol.experiment, "unused"))
+            planned = tyro.cli(Compare, args=words[1:])
+            conditions = {condition.id for condition in planned.conditions()}
+            assert asked
+            assert {n for n, _ in asked} <= set(planned.normalizers), one.id
+            assert {c for _, c in asked} <= conditions, one.id
+
+
+def test_json_of_what_is_not_finite(capsys, monkeypatch, tmp_path):
+    import normlab.claims as claims
+
+    one = claim(lambda scale, seed: {"d": float("nan")})
+    one.protocol.run(one, "cpu", lambda text: None)
+    monkeypatch.setattr(claims, "ledger", lambda: {one.id: one})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    assert main(["claims", "list", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert (row["verdict"], row["effect"]) == ("contradicted", "inf")
+    assert main(["claims", "list"]) == 0
+    assert main(["claims", "report", "--out", str(tmp_path / "page.html")]) == 0

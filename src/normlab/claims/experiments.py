@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import sys
 from pathlib import Path
 
 from normlab.claims.claim import Scale
@@ -123,7 +125,9 @@ def run(name: str, scale: Scale, out: str | Path, workers: int = 2) -> None:
     """
     from normlab.cli import main
 
-    status = main([*command(name, out, scale), "--workers", str(workers)])
+    workers = 1 if scale == "smoke" else workers  # starting another takes longer than the work
+    with contextlib.redirect_stdout(sys.stderr):  # a table in between would not be JSON
+        status = main([*command(name, out, scale), "--workers", str(workers)])
     if status == 130:
         raise KeyboardInterrupt
     if status:

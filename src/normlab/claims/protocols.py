@@ -78,8 +78,10 @@ class Measured:
                 "environment": environment(),
             }
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            # In one write, so that two runs do not mix; what was torn before ends where it is.
+            text = "\n" * _torn(path) + json.dumps(line, ensure_ascii=False) + "\n"
+            with open(path, "ab", buffering=0) as file:
+                file.write(text.encode())
 
 
 def _number(value: Any) -> float:
@@ -91,6 +93,14 @@ def _number(value: Any) -> float:
 
 def _file(claim: Claim, scale: Scale) -> Path:
     return folder(scale) / "claims" / claim.paper.key / f"{claim.name}.{scale}.jsonl"
+
+
+def _torn(path: Path) -> bool:
+    """Whether a file's last line has no end."""
+    try:
+        return path.read_bytes()[-1:] not in (b"", b"\n")
+    except FileNotFoundError:
+        return False
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -175,9 +185,11 @@ class Compared:
         return found
 
     def run(self, claim: Claim, scale: Scale, progress: Callable[[str], None]) -> None:
-        """Run or resume the comparison."""
+        """Run or resume the comparison, unless all that the claim needs is on record."""
         from normlab.claims.experiments import run
 
+        if len(self.read(claim, scale)) >= self.seeds(scale):
+            return
         progress(f"{claim.id}: normlab compare, {self.experiment}")
         run(self.experiment, scale, self._place(scale))
 

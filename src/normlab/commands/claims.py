@@ -85,8 +85,9 @@ class Claims:
         rows = [row(claim, self.scale) for claim in chosen.values()]
         if self.json:
             from normlab.cli import print_json
+            from normlab.core.structure import plain
 
-            print_json(rows)
+            print_json(plain(rows))
             return
         from rich.console import Console
         from rich.table import Table
