@@ -225,3 +225,11 @@ def test_json_of_what_is_not_finite(capsys, monkeypatch, tmp_path):
     assert (row["verdict"], row["effect"]) == ("contradicted", "inf")
     assert main(["claims", "list"]) == 0
     assert main(["claims", "report", "--out", str(tmp_path / "page.html")]) == 0
+
+
+def test_a_comparison_runs_at_smoke_scale(capsys):
+    """One stands for all: the others differ in their options, which another test parses."""
+    words = ["filter_response/one-sample", "--scale", "smoke", "--json"]
+    assert main(["claims", "run", *words]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["verdict"], row["n"]) == ("not reproduced", 1)  # one seed decides nothing

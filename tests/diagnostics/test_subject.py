@@ -246,3 +246,27 @@ def test_copies_on_several_devices():
     model = nn.DataParallel(nn.Linear(2, 1))
     with Subject(model, nn.functional.mse_loss, [(torch.ones(4, 2), torch.ones(4, 1))]) as subject:
         assert set(subject.gradient()) == {"weight", "bias"}
+
+
+def test_what_modules_keep_in_nested_containers():
+    """Caches of attention, counts by name: lists in dictionaries, tensors in lists."""
+
+    class Keeps(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 1)
+            self.kept = {"a": [torch.zeros(3)], "b": ({"n": 0},)}
+            self.kept["itself"] = self.kept
+
+        def forward(self, x):
+            self.kept["a"][0].add_(1)
+            self.kept["a"].append(x)
+            self.kept["b"][0]["n"] += 1
+            return super().forward(x)
+
+    model = Keeps()
+    with Subject(model, nn.functional.mse_loss, [(torch.ones(4, 2), torch.ones(4, 1))]) as subject:
+        subject.gradient()
+        assert model.kept["b"][0]["n"] == 1
+    assert len(model.kept["a"]) == 1
+    assert torch.equal(model.kept["a"][0], torch.zeros(3))
+    assert model.kept["b"] == ({"n": 0},)

@@ -83,28 +83,55 @@ def _set(model: nn.Module, mode: Mode) -> None:
 
 
 class _Snapshot:
-    """What a module holds: attributes, the contents of its containers, values of its tensors."""
+    """What a module holds: attributes, and in them containers and tensors, however deep."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes = dict(vars(module))
-        self.contents = {k: v.copy() for k, v in self.attributes.items() if _container(v)}
-        held = [*module._buffers.values(), *self.attributes.values()]
-        self.tensors = [(t, t.detach().clone()) for t in held if _plain(t)]
+        self.containers: list[tuple[Any, Any]] = []
+        self.tensors: list[tuple[Tensor, Tensor]] = []
+        seen: set[int] = set()
+        waiting = list(self.attributes.values())
+        while waiting:
+            value = waiting.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if _plain(value):
+                self.tensors.append((value, value.detach().clone()))
+            elif isinstance(value, tuple):
+                waiting += value
+            elif _container(value):
+                self.containers.append((value, value.copy()))
+                waiting += value.values() if isinstance(value, dict) else value
 
     def restore(self) -> None:
         """Put everything back, into the same objects."""
         vars(self.module).clear()
         vars(self.module).update(self.attributes)
-        for name, content in self.contents.items():
-            container = self.attributes[name]
-            container.clear()
-            container.extend(content) if hasattr(container, "extend") else container.update(content)
+        for container, content in self.containers:
+            if not _unchanged(container, content):  # some must not be written to at all
+                container.clear()
+                _filled(container, content)
         with torch.no_grad():
             for tensor, value in self.tensors:
                 # Not where nothing was written: a graph that needs the tensor shall stay valid.
                 if not _same(tensor, value):
                     tensor.copy_(value)
+
+
+def _filled(container: Any, content: Any) -> None:
+    container.extend(content) if hasattr(container, "extend") else container.update(content)
+
+
+def _unchanged(container: Any, content: Any) -> bool:
+    """Whether two containers hold the same objects in the same order."""
+
+    def parts(value: Any) -> list[Any]:
+        return [p for item in value.items() for p in item] if isinstance(value, dict) else [*value]
+
+    a, b = parts(container), parts(content)
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
 def _container(value: Any) -> bool:
