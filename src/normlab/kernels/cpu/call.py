@@ -21,7 +21,7 @@ from normlab.core.operation import Operation
 from normlab.core.partition import Layout
 from normlab.kernels.cpu import function, lines
 from normlab.kernels.cpu.function import DTYPES, WIDE, Gradients, Job, Parameters, flat, job_of
-from normlab.kernels.cpu.library import Call, load
+from normlab.kernels.cpu.library import Call, load, ready
 from normlab.kernels.reference import Moments, Spec
 
 _ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "tlu": 3}
@@ -229,8 +229,7 @@ def _out(job: Job, x: Tensor, record: _Record, call: Call) -> Tensor:
 
 
 def _run(name: str, call: Call, dtype: torch.dtype) -> None:
-    library = load()[0]
-    assert library is not None
+    library = ready()
     if getattr(library, name)(byref(call), DTYPES[dtype]):
         raise MemoryError("the kernel could not allocate its working memory")
 

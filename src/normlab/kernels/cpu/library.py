@@ -73,6 +73,17 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return None, "; ".join([*failed, _repair()] if failed else ["none were built", _repair()])
 
 
+def ready() -> ctypes.CDLL:
+    """Return what `load` found, which must be a library, with as many threads as torch has here.
+
+    Torch tells OpenMP so in each thread of Python where it first works, which may be after us.
+    """
+    torch.get_num_threads()  # tells it
+    library = load()[0]
+    assert library is not None
+    return library
+
+
 def _levels(capability: str) -> tuple[str, ...]:
     """Instruction sets to look for, best first; torch names none beyond AVX512."""
     levels = _LEVELS.get(capability, ("baseline",))

@@ -140,8 +140,7 @@ def _run(
     numbers = (*zip(names, coefficients, strict=True), *rest.items())
     for name, tensor in (("x", x), ("mean", mean), ("out", out), ("dy", dy), *numbers):
         setattr(record, name, None if tensor is None else tensor.data_ptr())
-    compiled = library.load()[0]
-    assert compiled is not None
+    compiled = library.ready()
     if compiled.normlab_maps(ctypes.byref(record), which, function.DTYPES[x.dtype]):
         raise MemoryError("the kernel could not allocate its working memory")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normlab.kernels.cpu.function import DTYPES, observed, plain
-from normlab.kernels.cpu.library import load
+from normlab.kernels.cpu.library import ready
 
 FORMS = {"inside": 0, "floor": 1, "outside": 2, "stored": 3}
 SIGNS = {None: 0, "none": 1, "mean": 2}
@@ -108,8 +108,7 @@ def _rows(weight: Tensor, gain: Tensor | None, stats: Tensor, how: How, out: Ten
 
 
 def _run(rows: Rows, dtype: torch.dtype, back: bool) -> None:
-    library = load()[0]
-    assert library is not None
+    library = ready()
     library.normlab_units(ctypes.byref(rows), DTYPES[dtype], back)
 
 
@@ -189,8 +188,7 @@ def rewrite(items: Sequence[tuple[Tensor, Tensor, int]], clip: tuple[float, floa
         items: Gradients, their parameters, and how many units each has, as `takes` allows them.
         clip: λ and the least norm of weights of adaptive clipping; None to subtract means.
     """
-    library = load()[0]
-    assert library is not None
+    library = ready()
     for dtype in {gradient.dtype for gradient, _, _ in items}:
         some = [item for item in items if item[0].dtype == dtype]
         count = len(some)
