@@ -195,6 +195,20 @@ def test_what_torch_is_told_holds_for_the_kernels(allowed, level):
 
 
 @pytest.mark.skipif(not BUILT, reason="no compiled kernels here")
+@pytest.mark.parametrize("allowed", ["default", "avx2", "avx512"])
+def test_no_nan_is_rounded_to_a_number_in_bfloat16(allowed):
+    """Whatever its payload: that of GPUs has all bits set, where adding one carries to the sign."""
+    code = (
+        "import torch, normlab as nl\n"
+        "for layer in (nl.BatchNorm(40), nl.norm('evonorm_s0', 40, groups=8)):\n"
+        "    layer.weight.data.view(torch.int32)[:] = torch.tensor([0x7fffffff, -1]).repeat(20)\n"
+        "    for x in torch.randn(2, 40, 7), torch.randn(2, 7, 40).mT:\n"
+        "        print(layer(x.bfloat16()).isnan().all().item(), end=' ')"
+    )
+    assert run(code, ATEN_CPU_CAPABILITY=allowed) == "True True True True"
+
+
+@pytest.mark.skipif(not BUILT, reason="no compiled kernels here")
 def test_subnormal_numbers_survive_the_library():
     code = (
         "import torch; from normlab.kernels.cpu.library import load; assert load()[0];"

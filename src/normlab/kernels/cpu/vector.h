@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__GNUC__)
@@ -44,9 +45,8 @@ inline void store(double *p, i64 i, double v) { p[i] = v; }
 inline void store(bf16 *p, i64 i, float v) {
   std::uint32_t w;
   std::memcpy(&w, &v, 4);
-  // Nearest, ties to even. A NaN stays one: its payload comes from bfloat16 or is the default, so
-  // that the addition cannot carry into the sign.
-  p[i].bits = std::uint16_t((w + 0x7fffu + ((w >> 16) & 1u)) >> 16);
+  // Nearest, ties to even. Of a NaN the addition might carry into the sign.
+  p[i].bits = std::uint16_t(v == v ? (w + 0x7fffu + ((w >> 16) & 1u)) >> 16 : 0x7fc0u);
 }
 
 #if defined(__GNUC__)
@@ -103,7 +103,8 @@ inline halves narrowed(floats v) {
   return same_bits<halves>(_mm512_cvtneps_pbh(same_bits<__m512>(v))); // subnormal numbers become 0
 #else
   words w = same_bits<words>(v);
-  return __builtin_convertvector((w + 0x7fffu + ((w >> 16) & 1u)) >> 16, halves);
+  words nearest = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(v == v ? nearest : words{} + 0x7fc0u, halves);
 #endif
 }
 template <class R> inline V<R> take(const bf16 *p) {
