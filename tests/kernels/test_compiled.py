@@ -1,6 +1,7 @@
 """The compiled CPU kernels against the plain formulas in float64."""
 
 import copy
+from threading import Thread
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 import normlab as nl
 from kernels.kernel_cases import arrange, build, close, layout, run, values
 from normlab.kernels import dispatch
+from normlab.kernels.cpu import library
 
 pytestmark = pytest.mark.skipif(
     dispatch.compiled_kernels() is None, reason=f"no compiled kernels: {dispatch.reason()}"
@@ -120,10 +122,14 @@ def test_relative_to_a_cancelling_mean():
 
 @pytest.mark.parametrize("order", ["rows", "columns"])
 @pytest.mark.parametrize("name", ["batch", "instance", "layer", "mean_only_batch"])
-def test_an_area_that_begins_far_from_its_mean(name, order):
-    """Moments are taken about the first element, where all digits of the others would be lost."""
+@pytest.mark.parametrize("first", [-1e5, 1e19])
+def test_an_area_that_begins_far_from_its_mean(first, name, order):
+    """Moments are taken about the first element, where all digits of the others would be lost.
+
+    Or where sums of squares about it overflow, though the variance does not.
+    """
     x = torch.randn(2, 2, 150, 170, generator=torch.Generator().manual_seed(5))
-    x[0, 0, 0, 0] = x[1, :, 0, 0] = -1e5
+    x[0, 0, 0, 0] = x[1, :, 0, 0] = first
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
     layer = build(name, {}, 2)
     ours = run(layer, arrange(x, order), arrange(dy, order), "auto")
@@ -228,6 +234,25 @@ def test_threads_change_nothing(threads):
     for a, b, c in zip(alone, again, together, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+
+
+def test_a_thread_that_has_not_used_torch_yet():
+    """Torch gives OpenMP its number of threads when it first works in a thread; so do kernels."""
+    layer, x = nl.BatchNorm(4), torch.randn(8, 4, 9)
+    before, found = torch.get_num_threads(), []
+
+    def work():
+        layer(x)
+        found.append(library.load()[0].omp_get_max_threads())
+
+    try:
+        torch.set_num_threads(3)
+        thread = Thread(target=work)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert found == [3]
 
 
 def test_one_pool_of_threads():
