@@ -5,6 +5,7 @@ import copy
 import torch
 
 import normlab as nl
+from normlab.core.recovery import Affine
 from normlab.kernels.cpu import function
 
 FUSED = ("batch", "instance", "layer", "group", "rms", "ghost_batch")
@@ -89,3 +90,54 @@ def values(shape, seed, channel_dim):
     per_sample = torch.rand(shape[0], *[1] * (len(shape) - 1), generator=g, dtype=torch.float64)
     x = (x + 0.7 * per_sample) * (0.5 + per_sample)
     return x, torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def away_from_kinks(layer, x, dy):
+    """dy without what meets the kink of ReLU or TLU, where the derivative may be either.
+
+    Args:
+        layer: In float64; a copy of it without its activation tells how far each u is.
+        x: Input, as the layer under test has it.
+        dy: Gradient of the output.
+    """
+    if layer.activation not in ("relu", "tlu"):
+        return dy
+    plain = copy.deepcopy(layer)
+    plain.recovery = Affine(plain.recovery.scale, plain.recovery.shift)
+    with nl.kernels.backend("reference"), torch.no_grad():
+        u = plain(x.double())
+    kink = torch.zeros(layer.num_channels, dtype=torch.float64)
+    kink = layer.threshold.detach().double() if layer.activation == "tlu" else kink
+    where = [1] * u.ndim
+    where[layer.channel_dim] = -1
+    return dy.masked_fill((u - kink.view(where)).abs() < 1e-4, 0)
+
+
+def same_with_threads(results, threads):
+    """Assert that tensors repeat bit for bit, and are the same with that many threads."""
+    alone, again = results(), results()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        together = results()
+    finally:
+        torch.set_num_threads(before)
+    for a, b, c in zip(alone, again, together, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def derivatives_of_any_order(layer, x):
+    """Assert first and second derivatives, and forward mode, in float64."""
+    assert torch.autograd.gradcheck(layer, x)
+    assert torch.autograd.gradgradcheck(layer, x)
+    forward_mode(layer, x)
+
+
+def forward_mode(layer, x):
+    """Assert that the derivative along a direction is that of the plain formula."""
+    t = torch.randn_like(x)
+    _, fast = torch.func.jvp(layer, (x.detach(),), (t,))
+    with nl.kernels.backend("reference"):
+        _, plain = torch.func.jvp(layer, (x.detach(),), (t,))
+    torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)  # the same formula, twice

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import normlab as nl
-from kernels.kernel_cases import arrange, build, close, layout, run, values
+from kernels.kernel_cases import (
+    arrange,
+    away_from_kinks,
+    build,
+    close,
+    layout,
+    run,
+    same_with_threads,
+    values,
+)
 from normlab.kernels import dispatch
 from normlab.kernels.cpu import library
 
@@ -65,18 +74,8 @@ def compare(problem, dtype, tolerance):
     x, dy = x.to(dtype), dy.to(dtype)
     exact = copy.deepcopy(layer).double()
     layer = layer.double() if dtype == torch.float64 else layer
-    # Where u is within rounding of the kink of an activation, the derivative may be either.
-    if layer.activation in ("relu", "tlu") and dtype == torch.float32:
-        plain = copy.deepcopy(exact)
-        plain.recovery = nl.core.recovery.Affine(plain.recovery.scale, plain.recovery.shift)
-        with nl.kernels.backend("reference"), torch.no_grad():
-            u = plain(x.double())
-        kink = torch.zeros(channels, dtype=torch.float64)
-        if layer.activation == "tlu":
-            kink = layer.threshold.detach().double()
-        where = [1] * u.ndim
-        where[channel_dim] = channels
-        dy = dy.masked_fill((u - kink.view(where)).abs() < 1e-4, 0)
+    if dtype == torch.float32:  # where u is within rounding of a kink
+        dy = away_from_kinks(exact, x, dy)
     ours = run(layer, arrange(x, order), arrange(dy, order), "auto")
     close(ours, run(exact, x.double(), dy.double(), "reference"), tolerance)
 
@@ -227,16 +226,7 @@ def test_threads_change_nothing(threads):
             found += run(layer, arrange(x.float(), order), arrange(dy.float(), order), "auto")
         return found
 
-    alone, again = results(), results()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        together = results()
-    finally:
-        torch.set_num_threads(before)
-    for a, b, c in zip(alone, again, together, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
+    same_with_threads(results, threads)
 
 
 def test_a_thread_that_has_not_used_torch_yet():

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import normlab as nl
-from kernels.kernel_cases import arrange, close, run, values
+from kernels.kernel_cases import (
+    arrange,
+    away_from_kinks,
+    close,
+    forward_mode,
+    run,
+    same_with_threads,
+    values,
+)
 from normlab.core.operation import Center, LearnedEps, Scale, Standardize
 from normlab.core.recovery import Affine
 from normlab.core.statistics import Running
@@ -72,17 +80,8 @@ def compare(problem, dtype, tolerance):
         return  # 1/D of two nearly equal members amplifies every rounding
     exact = copy.deepcopy(layer).double()
     layer = layer.double() if dtype == torch.float64 else layer
-    if activation in ("relu", "tlu") and dtype != torch.float64:
-        # Where u is within rounding of the kink of an activation, the derivative may be either.
-        plain = copy.deepcopy(exact)
-        plain.recovery = Affine(affine, affine)
-        with nl.kernels.backend("reference"), torch.no_grad():
-            u = plain(x.double())
-        kink = torch.zeros(layer.num_channels, dtype=torch.float64)
-        kink = layer.threshold.detach().double() if activation == "tlu" else kink
-        where = [1] * u.ndim
-        where[channel_dim] = -1
-        dy = dy.masked_fill((u - kink.view(where)).abs() < 1e-4, 0)
+    if dtype != torch.float64:  # where u is within rounding of a kink
+        dy = away_from_kinks(exact, x, dy)
     ours = run(layer, arrange(x, problem["order"]), arrange(dy, problem["order"]), "auto")
     close(ours, run(exact, x.double(), dy.double(), "reference"), tolerance)
 
@@ -169,16 +168,7 @@ def test_threads_change_nothing(threads):
                     found += run(layer, x, dy, "auto")
         return found
 
-    alone, again = results(), results()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        together = results()
-    finally:
-        torch.set_num_threads(before)
-    for a, b, c in zip(alone, again, together, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
+    same_with_threads(results, threads)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -189,12 +179,7 @@ def test_derivatives_of_any_order(operation, channel_dim):
     x = values(shape, 1, channel_dim)[0].requires_grad_()
     assert torch.autograd.gradcheck(layer, x)
     assert torch.autograd.gradgradcheck(layer, x)
-    layer = layer_of(6, operation, channel_dim=channel_dim).double()
-    t = torch.randn_like(x)
-    _, fast = torch.func.jvp(layer, (x.detach(),), (t,))
-    with nl.kernels.backend("reference"):
-        _, plain = torch.func.jvp(layer, (x.detach(),), (t,))
-    torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)  # the same formula, twice
+    forward_mode(layer_of(6, operation, channel_dim=channel_dim).double(), x)
 
 
 def test_layer_norm_of_torch():

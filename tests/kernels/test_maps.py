@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import normlab as nl
-from kernels.kernel_cases import arrange, build, close, functions
+from kernels.kernel_cases import arrange, build, close, functions, same_with_threads
 from normlab.kernels import dispatch
 from normlab.kernels.cpu import maps
 
@@ -205,16 +205,7 @@ def test_threads_change_nothing(threads):
                     found += run(layer, x, dy, "auto")
         return found
 
-    alone, again = results(), results()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        together = results()
-    finally:
-        torch.set_num_threads(before)
-    for a, b, c in zip(alone, again, together, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
+    same_with_threads(results, threads)
 
 
 @pytest.mark.parametrize("name", NAMES)

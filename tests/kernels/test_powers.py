@@ -7,9 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import arrange, close, layout, run, values
 
 import normlab as nl
+from kernels.kernel_cases import (
+    arrange,
+    away_from_kinks,
+    close,
+    derivatives_of_any_order,
+    layout,
+    run,
+    same_with_threads,
+    values,
+)
 from normlab.core.operation import LearnedEps, Scale, Standardize, consistency
 from normlab.core.recovery import Affine
 from normlab.core.statistics import Running
@@ -76,17 +85,7 @@ def compare(problem, dtype, tolerance):
     exact = copy.deepcopy(layer).double()
     layer = layer.double() if dtype == torch.float64 else layer
     if dtype != torch.float64:
-        # Where u is within rounding of the kink of an activation, the derivative may be either.
-        plain = copy.deepcopy(exact)
-        plain.recovery = Affine(affine, affine)
-        with nl.kernels.backend("reference"), torch.no_grad():
-            u = plain(x.double())
-        if problem["activation"] in ("relu", "tlu"):
-            kink = torch.zeros(layer.num_channels, dtype=torch.float64)
-            kink = layer.threshold.detach().double() if problem["activation"] == "tlu" else kink
-            where = [1] * u.ndim
-            where[channel_dim] = -1
-            dy = dy.masked_fill((u - kink.view(where)).abs() < 1e-4, 0)
+        dy = away_from_kinks(exact, x, dy)  # where u is within rounding of a kink
         op = layer.operation
         if op.p == 1:
             # Where z is within rounding of 0, its sign may be any of three.
@@ -164,16 +163,7 @@ def test_threads_change_nothing(threads):
                     found += run(layer, x, dy, "auto")
         return found
 
-    alone, again = results(), results()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        together = results()
-    finally:
-        torch.set_num_threads(before)
-    for a, b, c in zip(alone, again, together, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
+    same_with_threads(results, threads)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -183,13 +173,7 @@ def test_derivatives_of_any_order(operation, channel_dim):
     shape = (2, 3, 4) if channel_dim == 1 else (2, 4, 3)
     # Seed 1 has no member near its mean or zero, where |z| has no derivative.
     x = values(shape, 1, channel_dim)[0].requires_grad_()
-    assert torch.autograd.gradcheck(layer, x)
-    assert torch.autograd.gradgradcheck(layer, x)
-    t = torch.randn_like(x)
-    _, fast = torch.func.jvp(layer, (x.detach(),), (t,))
-    with nl.kernels.backend("reference"):
-        _, plain = torch.func.jvp(layer, (x.detach(),), (t,))
-    torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)  # the same formula, twice
+    derivatives_of_any_order(layer, x)
 
 
 def test_a_member_at_the_mean():
