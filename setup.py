@@ -53,6 +53,11 @@ def recipes(msvc, level):
 class PlainLibraries(build_ext):
     """Libraries that ctypes loads: without Python's headers, and without a module's entry point."""
 
+    def finalize_options(self):
+        """One library for each instruction set, as many at a time as there are processors."""
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
     def build_extension(self, ext):
         """Compile and link one library; where no recipe works, leave none of that name behind."""
         level = ext.name.rpartition("_")[2]
