@@ -304,11 +304,21 @@ the numbers.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line, the process's own by default.
+
+    Raises:
+        SystemExit: An option is unknown or missing.
+    """
     options = parser().parse_args(argv)
     if options.smoke:
         vars(options).update(SMOKE)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = parse(argv)
     torch.set_num_threads(options.threads)
     try:
         everything(options)

@@ -65,14 +65,13 @@ class TwoStages:
         Raises:
             KeyboardInterrupt: If it was interrupted; finished runs are kept.
         """
-        from normlab.bench.binary import main
+        from normlab.bench.binary import everything, parse
 
         if len(self.read(claim, scale)) >= self.seeds(scale):
             return
         progress(f"{claim.id}: a teacher and two one-bit networks, two stages each")
-        words = [*_WORDS[scale], "--arms", self.arm, self.against]
-        if main([*words, "--out", str(folder(scale) / "binary-fashion-mini")]) == 130:
-            raise KeyboardInterrupt
+        out = str(folder(scale) / "binary-fashion-mini")
+        everything(parse([*_WORDS[scale], "--arms", self.arm, self.against, "--out", out]))
 
 
 _ORIGINAL = "ReActNet-A, ImageNet, 256 epochs a stage"
