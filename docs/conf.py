@@ -72,8 +72,11 @@ def write_claims(app):
         "# Claims", "",
         "What papers claim, and what measurements say. Each claim has a protocol and a rule that "
         "were fixed before the run; every verdict is computed from records by `normlab claims`. "
-        "Scales are small: what a processor does in a night. Repeat one with "
-        "`normlab claims run ID`.", "", *drawn, page.markdown(ledger, "cpu"),
+        "Where a claim was tested anew after records had been seen, its note says so. *Not "
+        "reproduced* is no refutation: where it says *undecided*, the interval reaches across a "
+        "border of the rule, and more repetitions would tell. Scales are small: what a processor "
+        "does in a night. Repeat one with `normlab claims run ID`.", "",
+        *drawn, page.markdown(ledger, "cpu"),
     ]))  # fmt: skip
 
 

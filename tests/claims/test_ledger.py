@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from normlab.bench.records import Store
-from normlab.claims import binary_networks, ic, ledger
+from normlab.bench.records import Record, Store
+from normlab.claims import binary_networks, ic, ledger, optimization
 from normlab.claims.claim import Claim, Paper
 from normlab.claims.experiments import EXPERIMENTS, command, options, seeds
 from normlab.claims.protocols import Arms, Compared, Measured
@@ -103,7 +103,8 @@ def test_comparisons_are_read_from_their_store(records, capsys, monkeypatch):
         protocol.run(one, "cpu", lambda text: None)  # nothing is missing
         judged = one.judge("cpu")
         assert judged.n == 2
-        assert judged.records == ("tiny",)
+        assert len(judged.records) == 4  # two arms, two seeds
+        assert all((records / name).is_file() for name in judged.records)
         stored = json.loads((records / "tiny" / "comparison.json").read_text())
         means = {a["normalizer"]: a["accuracy"]["mean"] for a in stored["arms"]}
         assert judged.effect == pytest.approx(100 * (means["batch"] - means["none"]))
@@ -141,12 +142,36 @@ def test_experiments():
     assert command("fashion-mini-ic", "/x")[-4:-1] == ["--out", "/x", "--title"]
     with pytest.raises(ValueError, match="'gpu'"):
         command("fashion-mini-ic", "/x", "gpu")
-    points = [{"valid_accuracy": value} for value in (0.25, "x", 0.5)]
-    arms = Arms({("a", "c"): 0.5}, 0, {("a", "c"): points})
+
+
+def run(outcome, *points, accuracy=0.5):
+    """The record of a final run that measured those validation accuracies on its way."""
+    return Record(
+        "a-run", {"recipe": {"points": 4}}, {},
+        points=[{"valid_accuracy": value} for value in points],
+        end={"outcome": outcome, "test_accuracy": accuracy},
+    )  # fmt: skip
+
+
+def test_arms():
+    arms = Arms({("a", "c"): run("finished", 0.25, "x", 0.5)}, 0)
     assert arms("a", "c") == 50
     assert arms.along("a", "c") == [25, 50]
+    assert list(arms.asked) == ["a-run"]
     with pytest.raises(KeyError):
         arms.along("b", "c")
+    with pytest.raises(KeyError):
+        Arms({("a", "c"): run("finished", accuracy="x")}, 0)("a", "c")
+    diverged = Arms({("a", "c"): run("diverged", 0.25, accuracy=0.1)}, 0)
+    assert diverged.along("a", "c") == [25, 10, 10, 10]  # it guesses from there on
+
+
+@pytest.mark.parametrize("effect", [optimization._noisy, ic._speed, ic._stability])
+@pytest.mark.parametrize("points", [(), ("x", None)])
+def test_runs_without_a_number_along_the_way_have_not_ended(effect, points):
+    arms = dict.fromkeys(("noisy_batch", "batch", "ic"), run("finished", *points))
+    with pytest.raises(KeyError):
+        effect(Arms({(name, "b64-n64-iid"): one for name, one in arms.items()}, 0))
 
 
 def test_command_line(capsys, tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from normlab.claims.rules import Each, Equal, Exact, Greater, NotLess, interval
+from normlab.claims.rules import Each, Equal, Exact, Greater, NotLess, interval, repetitions
 
 
 def values(*numbers, key="d"):
@@ -62,3 +62,52 @@ def test_several_conditions():
     assert judge(0, 0).verdict == "not reproduced"
     assert judge(-1, 0).verdict == "contradicted"
     assert judge(1, -2).effect == pytest.approx(-2)  # the one farthest from being reproduced
+
+
+@pytest.mark.parametrize(
+    ("rule", "data", "across"),
+    [
+        (Greater("d"), (1.0, -1.0, 0.5), "0"),
+        (Greater("d", 2.0), (0.0, 3.0, 5.0), "-2 and 2"),
+        (Equal("d", 1.0), (0.0, 3.0, -3.0), "-1 and 1"),
+        (Equal("d", 1.0), (0.8, 0.9, 1.0), "1"),
+        (NotLess("d", 1.0), (5.0, -5.0, 0.0), "-1"),
+    ],
+)
+def test_what_is_undecided_says_what_it_would_take(rule, data, across):
+    judged = rule.judge(values(*data))
+    assert judged.undecided
+    assert f"reaches across {across};" in judged.why
+
+
+def test_what_is_not_undecided():
+    assert not Greater("d").judge(values(1.0, 1.1, 0.9)).undecided
+    small = Greater("d", 2.0).judge(values(1.0, 1.1, 0.9))  # decided: there is an effect below 2
+    assert (small.verdict, small.undecided, small.why) == (
+        "not reproduced", False, "the effect falls short of 2",
+    )  # fmt: skip
+    opposite = Greater("d", 2.0).judge(values(-1.9, -2.1, -2.0))
+    assert (opposite.verdict, opposite.undecided) == ("not reproduced", False)
+    assert not Greater("d").judge(values(1.0, math.nan, 1.0)).undecided
+    assert Greater("d").judge(values(1.0)).undecided  # one repetition
+
+
+@pytest.mark.parametrize("data", [(1.0, 2.0, 4.0, -1.0), (0.3, -0.2, 0.9)])
+def test_as_many_repetitions_as_it_would_take(data):
+    """So many values of that mean and spread clear the border, and one less does not."""
+    mean, low, high = interval(data)
+    assert low < 0
+    enough = repetitions(mean, high - mean, len(data), 0.0)
+    half = {
+        n: stats.t.ppf(0.975, n - 1) * stats.tstd(data) / math.sqrt(n) for n in (enough - 1, enough)
+    }
+    assert half[enough] < mean <= half[enough - 1]
+    assert repetitions(0.0, 1.0, 3, 0.0) is None
+
+
+def test_several_conditions_say_which():
+    rows = [{"a": 1 + e, "b": e} for e in (-0.1, 0.0, 0.1)]
+    judged = Each((Greater("a"), Greater("b"))).judge(rows)
+    assert judged.why.startswith("a: reproduced; b: undecided: the interval reaches across 0")
+    assert not judged.undecided  # partly
+    assert Each((Greater("b"),)).judge(rows).undecided

@@ -174,37 +174,21 @@ class _Arm:
         ]
 
 
-def accuracies(plan: Plan, store: Store) -> dict[tuple[str, str], dict[int, float]]:
-    """Test accuracies of the final runs that ended.
+def finals(plan: Plan, store: Store) -> dict[tuple[str, str], dict[int, Record]]:
+    """Records of the final runs that ended with a test accuracy; each file is read once.
 
     Args:
         plan: The comparison.
         store: Its records.
 
     Returns:
-        By normalizer and id of the condition: accuracy by seed.
-    """
-    return {
-        (normalizer, condition.id): _Arm(plan, store, normalizer, condition).accuracies()
-        for normalizer, condition in plan.arms()
-    }
-
-
-def points(plan: Plan, store: Store) -> dict[tuple[str, str], dict[int, list[dict[str, Any]]]]:
-    """What was measured along the final runs that finished.
-
-    Args:
-        plan: The comparison.
-        store: Its records.
-
-    Returns:
-        By normalizer and id of the condition: the points in order of steps, by seed.
+        By normalizer and id of the condition: the record by seed.
     """
     return {
         (normalizer, condition.id): {
-            int(r.spec["seed"]): r.points
+            int(r.spec["seed"]): r
             for r in _Arm(plan, store, normalizer, condition).finals
-            if r.outcome == "finished"
+            if r.final("test_accuracy") is not None
         }
         for normalizer, condition in plan.arms()
     }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from normlab.bench.records import Store
 from normlab.claims.claim import Claim, Observation, Paper, Scale
-from normlab.claims.places import folder
+from normlab.claims.places import place
 from normlab.claims.rules import Greater, NotLess
 
 PAPER = Paper(
@@ -44,19 +45,24 @@ class TwoStages:
 
     def read(self, claim: Claim, scale: Scale) -> list[Observation]:
         """Read the seeds whose two arms ended; a diverged run counts as guessing."""
-        place = folder(scale) / "binary-fashion-mini"
-        if not (place / "runs").is_dir():
+        folder = self._place(scale)
+        if not (folder / "runs").is_dir():
             return []
-        found: dict[int, dict[str, float]] = {}
-        for record in Store(place):
+        found: dict[int, dict[str, tuple[float, str]]] = {}
+        for record in Store(folder):
             spec, accuracy = record.spec, record.final("test_accuracy")
             seed = spec.get("seed")
             if spec.get("purpose") == "test" and accuracy is not None and type(seed) is int:
-                found.setdefault(seed, {})[str(spec.get("arm"))] = 100 * accuracy
-        return [
-            Observation(seed, {"difference": arms[self.arm] - arms[self.against]}, place.name)
+                name = f"{folder.name}/runs/{record.id}.jsonl"
+                found.setdefault(seed, {})[str(spec.get("arm"))] = 100 * accuracy, name
+        pairs = {
+            seed: (arms[self.arm], arms[self.against])
             for seed, arms in sorted(found.items())
             if arms.keys() >= {self.arm, self.against}
+        }
+        return [
+            Observation(seed, {"difference": ours[0] - theirs[0]}, (ours[1], theirs[1]))
+            for seed, (ours, theirs) in pairs.items()
         ]
 
     def run(self, claim: Claim, scale: Scale, progress: Callable[[str], None]) -> None:
@@ -70,8 +76,11 @@ class TwoStages:
         if len(self.read(claim, scale)) >= self.seeds(scale):
             return
         progress(f"{claim.id}: a teacher and two one-bit networks, two stages each")
-        out = str(folder(scale) / "binary-fashion-mini")
+        out = str(self._place(scale))
         everything(parse([*_WORDS[scale], "--arms", self.arm, self.against, "--out", out]))
+
+    def _place(self, scale: Scale) -> Path:
+        return place("binary-fashion-mini", scale)
 
 
 _ORIGINAL = "ReActNet-A, ImageNet, 256 epochs a stage"

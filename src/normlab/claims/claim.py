@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from normlab.claims.rules import Judgement, Rule
+import torch
+
+from normlab.claims.rules import Judgement, Rule, Verdict
 
 Scale = Literal["smoke", "cpu", "gpu"]
 SCALES: tuple[Scale, ...] = ("smoke", "cpu", "gpu")
@@ -38,12 +40,12 @@ class Observation:
     Attributes:
         seed: Which repetition.
         values: Numbers by name.
-        record: What names it: a file and its line, or runs of a comparison.
+        records: The files that it was read from: its own, or those of a comparison's runs.
     """
 
     seed: int
     values: Mapping[str, float]
-    record: str
+    records: tuple[str, ...]
 
 
 class Procedure(Protocol):
@@ -93,6 +95,14 @@ class Claim:
         """paper/name."""
         return f"{self.paper.key}/{self.name}"
 
+    def obstacle(self, scale: Scale) -> str:
+        """Why nothing can be run here at that scale; empty where it can."""
+        if not self.protocol.seeds(scale):
+            return f"the protocol has no {scale} scale"
+        if scale == "gpu" and not torch.cuda.is_available():
+            return "torch finds no GPU here ('normlab doctor' says what it finds)"
+        return ""
+
     def judge(self, scale: Scale) -> Judgement:
         """Compute the verdict from the records of a scale.
 
@@ -100,20 +110,17 @@ class Claim:
             scale: ``"smoke"`` (seconds: does it run?), ``"cpu"`` or ``"gpu"``.
 
         Returns:
-            The judgement; ``"not testable here"`` where the protocol has no such scale, and
-            ``"open"`` where records are missing.
+            The judgement. Where records are missing it is ``"open"``, or ``"not testable here"``
+            if they cannot be made here: the protocol has no such scale, or there is no GPU.
         """
         wanted = self.protocol.seeds(scale)
-        if not wanted:
-            return Judgement("not testable here", None, None, None, 0, ())
-        found = self.protocol.read(self, scale)
-        if len(found) < wanted:
-            return Judgement("open", None, None, None, len(found), _records(found))
-        judged = self.rule.judge([one.values for one in found])
-        return Judgement(
-            judged.verdict, judged.effect, judged.low, judged.high, len(found), _records(found)
-        )
-
-
-def _records(found: Sequence[Observation]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(one.record for one in found))
+        found = self.protocol.read(self, scale) if wanted else []
+        records = tuple(dict.fromkeys(name for one in found for name in one.records))
+        if wanted and len(found) >= wanted:
+            judged = self.rule.judge([one.values for one in found])
+            return replace(judged, records=records)
+        on_record = f"{len(found)} of {wanted} repetitions are on record"
+        verdict: Verdict = "open"
+        if obstacle := self.obstacle(scale):
+            verdict, on_record = "not testable here", obstacle
+        return Judgement(verdict, None, None, None, len(found), records, on_record)

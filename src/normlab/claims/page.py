@@ -40,6 +40,11 @@ class Row:
         span = "" if j.low == j.high else f" ({j.low:.3g} to {j.high:.3g})"
         return f"{j.effect:.3g}{span} {self.claim.rule.unit}".rstrip()
 
+    @property
+    def verdict(self) -> str:
+        """The verdict, and whether it is one for want of repetitions."""
+        return self.judgement.verdict + " (undecided)" * self.judgement.undecided
+
 
 def rows(claims: Sequence[Claim], scale: Scale) -> list[Row]:
     """Judge every claim from the records of a scale."""
@@ -56,7 +61,9 @@ def tally(found: Sequence[Row]) -> str:
         A sentence.
     """
     counts = Counter(row.judgement.verdict for row in found)
-    said = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v])
+    undecided = sum(row.judgement.undecided for row in found)
+    of_which = {"not reproduced": f" ({undecided} of them undecided)"} if undecided else {}
+    said = ", ".join(f"{counts[v]} {v}{of_which.get(v, '')}" for v in VERDICTS if counts[v])
     return f"{len(found)} claims: {said}."
 
 
@@ -82,7 +89,7 @@ def figures(found: Sequence[Row], look: Look) -> list[tuple[str, Any]]:
         by_unit.setdefault(unit, []).append({
             "id": row.claim.id, "verdict": j.verdict, "effect": max(j.effect, floor),
             "low": max(j.low, floor), "high": max(j.high, floor),
-            "said": f"{row.claim.id}: {row.effect}, {j.verdict}",
+            "said": f"{row.claim.id}: {row.effect}, {row.verdict}",
         })  # fmt: skip
     return [
         (unit or "effect", _forest(points, unit, look))
@@ -169,11 +176,11 @@ def markdown(claims: Sequence[Claim], scale: Scale) -> str:
             lines += ["", f"## {paper.title}", "",
                       f"{paper.authors} {paper.year}, arXiv {paper.arxiv}", "",
                       "| claim | verdict | effect | n |", "|---|---|---|---|"]  # fmt: skip
-        note = f" *{c.note[:1].upper()}{c.note[1:]}.*" if c.note else ""
+        note = "".join(f" *{t[:1].upper()}{t[1:]}.*" for t in (c.note, j.why) if t)
         cells = (
             f"`{c.id}`: {c.sentence} Reported: {c.reported} ({c.original}). Here: {row.size}. "
             f"Rule: {c.rule.text()}.{note}",
-            f"**{j.verdict}**", row.effect, str(j.n),
+            f"**{row.verdict}**", row.effect, str(j.n),
         )  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

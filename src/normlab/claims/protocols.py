@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-from normlab.bench.records import Store, append_line, number, read_lines
+from normlab.bench.records import Record, Store, append_line, number, read_lines
 from normlab.claims.claim import Claim, Observation, Scale
-from normlab.claims.places import folder
+from normlab.claims.places import folder as records_of
+from normlab.claims.places import place
 from normlab.claims.rules import keys
 from normlab.core.structure import plain
 
-T = TypeVar("T")
 Arm = tuple[str, str]
 Measure = Callable[[Scale, int], Mapping[str, float]]
 Effect = Callable[["Arms"], Mapping[str, float]]
@@ -29,11 +30,13 @@ class Measured:
         measure: ``measure(scale, seed) → values``; deterministic for a seed.
         repetitions: Seeds for each scale; a scale that is missing has none.
         sizes: What is done at each scale, in words.
+        first: The first seed; one that is done again with new repetitions has others.
     """
 
     measure: Measure
     repetitions: Mapping[Scale, int]
     sizes: Mapping[Scale, str]
+    first: int = 0
 
     def text(self, scale: Scale) -> str:
         """Say in words what is done at that scale."""
@@ -52,13 +55,13 @@ class Measured:
             seed = line.get("seed")
             if line.get("version") != claim.version or not isinstance(values, dict):
                 continue
-            if type(seed) is not int or not 0 <= seed < self.seeds(scale):
+            if type(seed) is not int or seed not in self._seeds(scale):
                 continue
             numbers = {k: _number(v) for k, v in values.items()}
             if None in numbers.values() or not keys(claim.rule) <= numbers.keys():
                 continue
             record = f"claims/{path.parent.name}/{path.name}"
-            found[seed] = Observation(seed, cast(dict[str, float], numbers), record)
+            found[seed] = Observation(seed, cast(dict[str, float], numbers), (record,))
         return [found[seed] for seed in sorted(found)]
 
     def run(self, claim: Claim, scale: Scale, progress: Callable[[str], None]) -> None:
@@ -67,10 +70,10 @@ class Measured:
 
         done = {one.seed for one in self.read(claim, scale)}
         path = _file(claim, scale)
-        for seed in range(self.seeds(scale)):
+        for count, seed in enumerate(self._seeds(scale), 1):
             if seed in done:
                 continue
-            progress(f"{claim.id}: {seed + 1} of {self.seeds(scale)}")
+            progress(f"{claim.id}: {count} of {self.seeds(scale)}")
             start = time.monotonic()
             values = {k: float(v) for k, v in self.measure(scale, seed).items()}
             line = {
@@ -86,6 +89,9 @@ class Measured:
             path.parent.mkdir(parents=True, exist_ok=True)
             append_line(path, json.dumps(line, ensure_ascii=False))
 
+    def _seeds(self, scale: Scale) -> range:
+        return range(self.first, self.first + self.seeds(scale))
+
 
 def _number(value: Any) -> float | None:
     """A value as `Measured.run` writes it; None for anything else."""
@@ -95,25 +101,19 @@ def _number(value: Any) -> float | None:
 
 
 def _file(claim: Claim, scale: Scale) -> Path:
-    return folder(scale) / "claims" / claim.paper.key / f"{claim.name}.{scale}.jsonl"
+    return records_of(scale) / "claims" / claim.paper.key / f"{claim.name}.{scale}.jsonl"
 
 
 class Arms:
-    """Accuracies of one seed in a comparison.
+    """The final runs of one seed in a comparison, by (normalizer, condition id).
 
-    Args:
-        accuracies: By (normalizer, condition id).
-        seed: The seed.
-        points: What was measured along the run, by the same; none where it diverged.
+    Whoever asks for an arm that has not ended gets a `KeyError`; what was asked for is remembered
+    in `asked`, as names of records.
     """
 
-    def __init__(
-        self,
-        accuracies: Mapping[Arm, float],
-        seed: int,
-        points: Mapping[Arm, Sequence[Mapping[str, Any]]] | None = None,
-    ) -> None:
-        self.accuracies, self.seed, self.points = accuracies, seed, points or {}
+    def __init__(self, finals: Mapping[Arm, Record], seed: int) -> None:
+        self.finals, self.seed = finals, seed
+        self.asked: dict[str, None] = {}
 
     def __call__(self, normalizer: str, condition: str) -> float:
         """The test accuracy of an arm, in percent; that of guessing where it diverged.
@@ -122,23 +122,55 @@ class Arms:
             normalizer: As in the comparison.
             condition: Id of its condition, as ``b64-n4-iid``.
         """
-        return 100 * self.accuracies[normalizer, condition]
+        accuracy = self._of(normalizer, condition).final("test_accuracy")
+        if accuracy is None:
+            raise KeyError((normalizer, condition))
+        return 100 * accuracy
 
     def along(self, normalizer: str, condition: str, key: str = "valid_accuracy") -> list[float]:
-        """The accuracies along an arm's run, in percent, in order of steps.
+        """The accuracies along an arm's run, in percent, in order of steps; at least one.
+
+        A run that diverged guesses from there on: its points are filled up with the accuracy of
+        guessing.
 
         Args:
             normalizer: As in the comparison.
             condition: Id of its condition.
             key: ``"valid_accuracy"`` or ``"train_accuracy"`` (of the latest batches).
+
+        Raises:
+            KeyError: If the arm has not ended, or its record holds no such number.
         """
-        found = (number(point.get(key)) for point in self.points[normalizer, condition])
-        return [100 * value for value in found if value is not None]
+        run = self._of(normalizer, condition)
+        found = [v for point in run.points if (v := number(point.get(key))) is not None]
+        if run.outcome == "diverged":
+            recipe = run.spec.get("recipe")
+            planned = number(recipe.get("points")) if isinstance(recipe, dict) else None
+            found += [run.final("test_accuracy") or 0.0] * (int(planned or 0) - len(found))
+        if not found:
+            raise KeyError((normalizer, condition, key))
+        return [100 * value for value in found]
+
+    def _of(self, normalizer: str, condition: str) -> Record:
+        run = self.finals[normalizer, condition]
+        self.asked[run.id] = None
+        return run
 
 
-def _of(seed: int, arms: Mapping[Arm, Mapping[int, T]]) -> dict[Arm, T]:
-    """What there is of one seed."""
-    return {arm: values[seed] for arm, values in arms.items() if seed in values}
+@lru_cache(maxsize=8)
+def _finals(folder: Path, state: object) -> dict[Arm, dict[int, Record]]:
+    """Final runs by arm and seed; read again only where `state`, that of the files, is another."""
+    from normlab.bench.analysis import finals
+    from normlab.bench.plan import Plan
+
+    store = Store(folder)
+    return finals(Plan.load(store), store)
+
+
+def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of change of all that a comparison's verdict is read from."""
+    files = [folder / "plan.json", *(folder / "runs").glob("*.jsonl")]
+    return tuple(sorted((f.name, (s := f.stat()).st_size, s.st_mtime_ns) for f in files))
 
 
 @dataclass(frozen=True)
@@ -168,22 +200,19 @@ class Compared:
 
     def read(self, claim: Claim, scale: Scale) -> list[Observation]:
         """Read what finished; a diverged run counts as guessing."""
-        from normlab.bench.analysis import accuracies, points
-        from normlab.bench.plan import Plan
-
-        place = self._place(scale)
-        if not (place / "plan.json").is_file():
+        folder = self._place(scale)
+        if not (folder / "plan.json").is_file():
             return []
-        store = Store(place)
-        plan = Plan.load(store)
-        ends, ways = accuracies(plan, store), points(plan, store)
+        ended = _finals(folder, _state(folder))
         found = []
-        for seed in sorted({seed for values in ends.values() for seed in values}):
-            arms = Arms(_of(seed, ends), seed, _of(seed, ways))
+        for seed in sorted({seed for runs in ended.values() for seed in runs}):
+            arms = Arms({arm: runs[seed] for arm, runs in ended.items() if seed in runs}, seed)
             try:
-                found.append(Observation(seed, self.effect(arms), place.name))
+                values = self.effect(arms)
             except KeyError:  # an arm that has not finished
                 continue
+            records = tuple(f"{folder.name}/runs/{run}.jsonl" for run in arms.asked)
+            found.append(Observation(seed, values, records))
         return found
 
     def run(self, claim: Claim, scale: Scale, progress: Callable[[str], None]) -> None:
@@ -196,5 +225,4 @@ class Compared:
         run(self.experiment, scale, self._place(scale))
 
     def _place(self, scale: Scale) -> Path:
-        name = self.experiment if scale == "cpu" else f"{self.experiment}-{scale}"
-        return folder(scale) / name
+        return place(self.experiment, scale)

@@ -28,6 +28,10 @@ class Judgement:
         high: Upper end.
         n: Repetitions.
         records: What it rests on.
+        why: What the verdict alone does not say: which condition fails, what is missing, or how
+            many repetitions an undecided one would take.
+        undecided: Whether it is ``"not reproduced"`` only since the interval reaches across a
+            border of the rule: the repetitions are too few to tell, one way or the other.
     """
 
     verdict: Verdict
@@ -36,6 +40,8 @@ class Judgement:
     high: float | None
     n: int
     records: tuple[str, ...] = ()
+    why: str = ""
+    undecided: bool = False
 
 
 Values = Mapping[str, float]
@@ -77,20 +83,71 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def repetitions(mean: float, half: float, n: int, border: float) -> int | None:
+    """How many repetitions of that mean and spread keep a 95 % interval to one side of a border.
+
+    Args:
+        mean: Of the n values.
+        half: Half the width of their interval.
+        n: How many they are.
+        border: What the interval is not to reach across.
+
+    Returns:
+        The least number, from n on; None from 1000 on.
+
+    Example:
+        >>> mean, low, high = interval([1.0, 2.0, 3.0])  # reaches below 0
+        >>> repetitions(mean, high - mean, 3, 0.0)
+        4
+    """
+    from scipy.stats import t
+
+    deviation = half * math.sqrt(n) / float(t.ppf(0.975, n - 1))
+    for count in range(n, 1000):
+        if float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count) < abs(mean - border):
+            return count
+    return None
+
+
 def _by_interval(
-    values: Sequence[float],
-    holds: Callable[[float, float], bool],
-    refuted: Callable[[float, float], bool],
+    values: Sequence[float], borders: Sequence[float], verdict_at: Callable[[float], Verdict]
 ) -> Judgement:
-    """The verdict of where the interval lies; a single repetition decides nothing."""
+    """The verdict of where the interval lies between the rule's borders.
+
+    Args:
+        values: One for each repetition; a single one decides nothing.
+        borders: In ascending order; an interval that reaches across one decides nothing.
+        verdict_at: The verdict of an effect that were known exactly.
+    """
     mean, low, high = interval(values)
-    verdict: Verdict = "not reproduced"
-    if len(values) > 1:
-        if holds(low, high):
-            verdict = "reproduced"
-        elif refuted(low, high):
-            verdict = "contradicted"
-    return Judgement(verdict, mean, low, high, len(values))
+    if not math.isfinite(low + high):
+        why = "a repetition gave no finite number"
+        return Judgement("not reproduced", mean, low, high, len(values), why=why)
+    between = [border for border in borders if low <= border <= high]
+    words = {verdict_at(low), verdict_at(high), *map(verdict_at, between)}
+    if len(values) > 1 and "reproduced" not in words and "not reproduced" in words:
+        why = f"the effect falls short of {max(borders):g}"
+        return Judgement("not reproduced", mean, low, high, len(values), why=why)
+    if len(values) > 1 and len(words) == 1:
+        return Judgement(words.pop(), mean, low, high, len(values))
+    return Judgement(
+        "not reproduced", mean, low, high, len(values),
+        why=_too_few(mean, high - mean, len(values), between), undecided=True,
+    )  # fmt: skip
+
+
+def _too_few(mean: float, half: float, n: int, between: Sequence[float]) -> str:
+    """Why an interval that reaches across borders decides nothing, and what would."""
+    if n < 2:
+        return "undecided: one repetition has no interval"
+    across = " and ".join(f"{border:g}" for border in between)
+    nearest = min(between, key=lambda border: abs(border - mean))
+    enough = repetitions(mean, half, n, nearest)
+    count = "more than 1000" if enough is None else f"{enough}"
+    return (
+        f"undecided: the interval reaches across {across}; at this mean and spread it would take "
+        f"{count} repetitions"
+    )
 
 
 @dataclass(frozen=True)
@@ -148,11 +205,14 @@ class Greater:
 
     def judge(self, observations: Sequence[Values]) -> Judgement:
         """Compute the verdict."""
-        return _by_interval(
-            [o[self.key] for o in observations],
-            lambda low, high: low > self.margin,
-            lambda low, high: high < -self.margin,
-        )
+
+        def verdict(effect: float) -> Verdict:
+            if abs(effect) <= self.margin:
+                return "not reproduced"
+            return "reproduced" if effect > 0 else "contradicted"
+
+        borders = (-self.margin, self.margin) if self.margin else (0.0,)
+        return _by_interval([o[self.key] for o in observations], borders, verdict)
 
 
 @dataclass(frozen=True)
@@ -178,11 +238,12 @@ class Equal:
 
     def judge(self, observations: Sequence[Values]) -> Judgement:
         """Compute the verdict."""
-        return _by_interval(
-            [o[self.key] for o in observations],
-            lambda low, high: -self.margin <= low and high <= self.margin,
-            lambda low, high: low > self.margin or high < -self.margin,
-        )
+
+        def verdict(effect: float) -> Verdict:
+            return "reproduced" if abs(effect) <= self.margin else "contradicted"
+
+        borders = (-self.margin, self.margin)
+        return _by_interval([o[self.key] for o in observations], borders, verdict)
 
 
 @dataclass(frozen=True)
@@ -208,11 +269,13 @@ class NotLess:
 
     def judge(self, observations: Sequence[Values]) -> Judgement:
         """Compute the verdict."""
-        return _by_interval(
-            [o[self.key] for o in observations],
-            lambda low, high: low > -self.margin,
-            lambda low, high: high < -self.margin,
-        )
+
+        def verdict(effect: float) -> Verdict:
+            if effect == -self.margin:
+                return "not reproduced"
+            return "reproduced" if effect > -self.margin else "contradicted"
+
+        return _by_interval([o[self.key] for o in observations], (-self.margin,), verdict)
 
 
 @dataclass(frozen=True)
@@ -247,7 +310,14 @@ class Each:
             verdict = "contradicted" if "contradicted" in words else "not reproduced"
         order: tuple[Verdict, ...] = ("contradicted", "not reproduced", "reproduced")
         worst = min(found, key=lambda one: order.index(one.verdict))
-        return Judgement(verdict, worst.effect, worst.low, worst.high, len(observations))
+        why = "; ".join(
+            f"{rule.key}: {one.why or one.verdict}"
+            for rule, one in zip(self.rules, found, strict=True)
+        )
+        return Judgement(
+            verdict, worst.effect, worst.low, worst.high, len(observations), why=why,
+            undecided=verdict == "not reproduced" and any(one.undecided for one in found),
+        )  # fmt: skip
 
 
 def keys(rule: Rule) -> frozenset[str]:

@@ -72,7 +72,8 @@ class Claims:
         """Run the protocols; one that fails is said and does not cost the others."""
         failed = 0
         for claim in chosen.values():
-            if not claim.protocol.seeds(self.scale):
+            if obstacle := claim.obstacle(self.scale):
+                print(f"{claim.id} is not testable here: {obstacle}", file=sys.stderr)
                 continue
             try:
                 claim.protocol.run(claim, self.scale, lambda text: print(text, file=sys.stderr))
@@ -99,7 +100,7 @@ class Claims:
         for one in rows:
             low_high = one["interval"]
             table.add_row(
-                Text(one["id"]), one["verdict"],
+                Text(one["id"]), one["verdict"] + " (undecided)" * one["undecided"],
                 "–" if one["effect"] is None else f"{one['effect']:.3g}",
                 "–" if low_high is None else f"{low_high[0]:.3g} to {low_high[1]:.3g}",
                 str(one["n"]),
@@ -115,7 +116,8 @@ def row(claim: Claim, scale: Scale) -> dict[str, Any]:
         scale: At which its records are read.
 
     Returns:
-        id, paper, sentence, scale, verdict, effect, unit, interval, n, records and note.
+        id, paper, sentence, scale, verdict, undecided, why, effect, unit, interval, n, records and
+        note.
     """
     judged = claim.judge(scale)
     return {
@@ -124,6 +126,8 @@ def row(claim: Claim, scale: Scale) -> dict[str, Any]:
         "sentence": claim.sentence,
         "scale": scale,
         "verdict": judged.verdict,
+        "undecided": judged.undecided,
+        "why": judged.why,
         "effect": judged.effect,
         "unit": claim.rule.unit,
         "interval": None if judged.low is None else [judged.low, judged.high],
