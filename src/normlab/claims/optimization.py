@@ -36,7 +36,7 @@ _SIZES: dict[Scale, str] = {
 }
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # four claims look at the same runs
 def _seen(normalizer: str, scale: Scale, seed: int) -> tuple[Mapping[str, float], ...]:
     """Landscape and covariate shift along a run."""
     net = nets.network(_NET, normalizer, seed)
