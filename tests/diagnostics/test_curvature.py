@@ -1,5 +1,6 @@
 """Curvature against dense matrices and known spectra."""
 
+import dataclasses
 import math
 
 import pytest
@@ -192,3 +193,63 @@ def test_density_has_the_moments_of_the_spectrum():
         assert abs(found.moment(order) - exact) < 0.15 * max(abs(v) ** order for v in values)
     at, curve = found.curve()
     assert abs(float(torch.trapezoid(curve, at)) - 1) < 0.01
+
+
+def test_a_spectrum_of_what_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        lanczos.eigenvalues(lambda v: v * math.nan, 4)
+
+
+@pytest.mark.parametrize("form", ["tuple", "dataclass"])
+def test_gauss_newton_with_outputs_that_feed_others(form):
+    """A model that returns its features too, on which the loss depends through the logits alone."""
+
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+        features: torch.Tensor
+
+    class Both(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            h = self.inner[:-1](x)
+            y = self.inner[-1](h)
+            return (y, h) if form == "tuple" else Output(y, h)
+
+    def loss(out, y):
+        return F.cross_entropy(out[0] if form == "tuple" else out.logits, y)
+
+    model, batch = problem(nl.BatchNorm(5))
+    with Subject(model, F.cross_entropy, [batch]) as subject:
+        exact = matrix(Curvature(subject, "gauss_newton"))
+    with Subject(Both(model), loss, [batch]) as subject:
+        found = matrix(Curvature(subject, "gauss_newton"))
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)  # float64, other order of sums
+
+
+def test_gauss_newton_needs_outputs_that_it_finds():
+    class Hidden(nn.Linear):
+        def forward(self, x):
+            return type("Result", (), {"y": super().forward(x)})()
+
+    with (
+        Subject(Hidden(2, 1), lambda out, y: out.y.mean(), [(torch.ones(3, 2), None)]) as subject,
+        pytest.raises(ValueError, match="Result"),
+    ):
+        Curvature(subject, "gauss_newton")(torch.ones(3, dtype=torch.float64))
+
+
+def test_sparse_gradients():
+    """An embedding is a linear layer of one-hot inputs."""
+    torch.manual_seed(0)
+    tables = [nn.Embedding(5, 3, sparse=sparse).double() for sparse in (True, False)]
+    tables[1].weight.data = tables[0].weight.data
+    ids, y = torch.tensor([0, 3, 3, 1]), torch.tensor([0, 1, 2, 0])
+    found = []
+    for table in tables:
+        with Subject(table, F.cross_entropy, [(ids, y)]) as subject:
+            found.append((matrix(Curvature(subject)), subject.gradient()["weight"]))
+    torch.testing.assert_close(found[0], found[1])

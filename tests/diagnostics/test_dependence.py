@@ -129,3 +129,33 @@ def test_layers_of_a_network():
     assert found["1"].whiteness < 1e-3  # ε of 1e-6 beside eigenvalues of 1e-2 and more
     assert found["2"].zeros > 0.3
     assert found["2"].offset > 0.3
+
+
+def test_before_and_after_a_layer():
+    """Where the tensor before it is the output of no module: a sum."""
+
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nl.norm("decorrelated", 4, groups=1, eps=1e-6)
+            self.last = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(self.norm(x + 2 * x.roll(1, 1)))
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(64, 4), None)] * 2
+    with Subject(Adds(), lambda out, y: out.mean(), batches) as subject:
+        (found,) = dp.around(subject)
+        assert [one.name for one in dp.around(subject, ["last"])] == ["last"]
+    x = torch.cat([x for x, _ in batches])
+    assert found.name == "norm"
+    assert found.before == dp.dependence((x + 2 * x.roll(1, 1)).T, "norm")
+    assert found.before.correlation > 0.2
+    assert found.after.correlation < 1e-3  # ε of 1e-6
+
+
+def test_what_cannot_be_correlated_is_left_out():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2)))
+    with Subject(model, lambda out, y: out.mean(), [(torch.randn(1, 3), None)]) as subject:
+        assert [d.name for d in dp.by_layer(subject)] == ["1"]  # one sample, two positions

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from normlab.diagnostics.curvature import Curvature
 from normlab.diagnostics.factors import factors
@@ -74,3 +75,38 @@ def test_a_dead_layer():
     with Subject(model, F.mse_loss, [batch]) as subject:
         (found,) = factors(subject)
     assert math.isnan(found.gradients.condition())
+
+
+def test_parametrized_and_checkpointed_layers():
+    """A parametrization that does nothing, and a forward pass that runs twice, change nothing."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    batch = torch.randn(7, 3).double(), torch.randint(0, 2, (7,))
+    with Subject(model, F.cross_entropy, [batch]) as subject:
+        expected = factors(subject)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    for one in (model, Checkpointed(model)):
+        with Subject(one, F.cross_entropy, [batch]) as subject:
+            found = factors(subject)
+        assert len(found) == len(expected) == 2
+        for f, e in zip(found, expected, strict=True):
+            assert f.inputs.observations == e.inputs.observations == 7
+            torch.testing.assert_close(f.inputs.values, e.inputs.values)
+            torch.testing.assert_close(f.gradients.values, e.gradients.values)
+
+
+def test_what_is_not_finite():
+    model = nn.Sequential(nn.Linear(2, 2))
+    batch = torch.full((4, 2), math.nan), torch.zeros(4, 2)
+    with Subject(model, F.mse_loss, [batch]) as subject:
+        (found,) = factors(subject)
+    assert math.isnan(found.inputs.condition())

@@ -183,3 +183,75 @@ def test_slices():
     assert line[1] == plane[1, 1] == here
     torch.testing.assert_close(plane[:, 1], line)
     assert math.isclose(plane[2, 0], corner)
+
+
+def test_a_slice_is_the_loss_along_its_directions():
+    model, batch = network()
+    invariant = {"0": "filter", "3": "filter"}
+    with Subject(model, F.cross_entropy, [batch]) as subject:
+        found = ls.loss_slice(subject, 2, points=3, extent=0.5, seed=4, invariant=invariant)
+        a, b = (ls.direction(subject, seed, invariant=invariant) for seed in (4, 5))
+        assert ls.loss_slice(subject).orthogonal is None
+        with pytest.raises(ValueError, match="extent above 0"):
+            ls.loss_slice(subject, extent=0.0)
+    assert found.ticks == (-0.5, 0.0, 0.5)
+    assert found.orthogonal == 2
+    for i, s in enumerate(found.ticks):
+        for j, t in enumerate(found.ticks):
+            state = {k: p + s * a[k] + t * b[k] for k, p in model.named_parameters()}
+            logits = torch.func.functional_call(model, state, batch[0])  # in training mode
+            exact = float(F.cross_entropy(logits, batch[1]).detach())
+            assert math.isclose(float(found.losses[i, j]), exact, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("points", [1, 2, 5, 11, 15])
+def test_ticks(points):
+    found = ls.ticks(0.3, points)
+    assert found == pytest.approx(
+        torch.linspace(-0.3, 0.3, points, dtype=torch.float64).tolist() if points > 1 else [0.0]
+    )
+    assert points % 2 == 0 or found[points // 2] == 0
+
+
+def test_parameters_of_normalizers_stay_however_many_axes_they_have():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.LayerNorm((4, 4, 4)), nl.norm("whitening_coloring", 4, groups=1),
+        nn.Flatten(), nn.Linear(64, 3),
+    )  # fmt: skip
+    batch = torch.randn(8, 2, 6, 6), torch.randint(0, 3, (8,))
+    with Subject(model, F.cross_entropy, [batch]) as subject:
+        kept, shared = ls.direction(subject), ls.direction(subject, small="share")
+    inside = [k for k in kept if k.startswith(("1.", "2."))]
+    assert max(kept[k].ndim for k in inside) == 3
+    for k in inside:
+        assert not kept[k].any()
+        p = model.get_parameter(k).detach()
+        torch.testing.assert_close(shared[k].norm(), p.norm())
+    assert kept["0.weight"].any()
+
+
+def test_covariate_shift_of_parametrized_weights():
+    """A parametrization that does nothing changes nothing."""
+    model, batch = deep_linear()
+    with Subject(model, F.mse_loss, [batch]) as subject:
+        expected = ls.covariate_shift(subject, 0.3)
+    for layer in model:
+        nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    with Subject(model, F.mse_loss, [batch]) as subject:
+        found = ls.covariate_shift(subject, 0.3)
+    assert [f.name for f in found] == [f"{i}.parametrizations.weight" for i in range(3)]
+    assert [f.difference for f in found] == pytest.approx([f.difference for f in expected])
+
+
+def test_modules_that_return_what_their_last_part_did_are_in_the_order():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.inner = nn.Parameter(torch.ones(2, 2)), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.inner(x @ self.scale)
+
+    model = nn.Sequential(Outer(), nn.Linear(2, 2))
+    with Subject(model, F.mse_loss, [(torch.ones(3, 2), torch.zeros(3, 2))]) as subject:
+        assert ls.execution(subject) == ["0.inner", "0", "1"]

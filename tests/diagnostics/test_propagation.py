@@ -114,3 +114,33 @@ def test_normalized_layers_have_the_variance_that_they_set():
 @pytest.mark.parametrize("values", [[], [1.0], [0.0, -1.0], [float("nan"), 2.0]])
 def test_growth_of_nothing(values):
     assert math.isnan(growth(values))
+
+
+def test_one_number_a_sample_is_one_channel():
+    """A regression's output, whose last batch is smaller."""
+    model = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+    batches = [(torch.randn(n, 3), torch.zeros(n)) for n in (8, 5)]
+    found = measured(model, batches)["1"]
+    exact = [float(model(x).detach().var(correction=0)) for x, _ in batches]
+    assert math.isclose(found.variance, sum(exact) / 2, rel_tol=1e-5)
+    assert found.dead == 0
+
+
+def test_outputs_without_elements_say_nothing():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x[:0]).sum()
+
+    found = measured(Routed(), [(torch.randn(4, 3), torch.zeros(4, 3))])
+    assert list(found) == ["a", ""]
+
+
+def test_channels_that_depend_on_the_batch():
+    """Attention maps, say, of sequences of two lengths."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Flatten(1))
+    batches = [(torch.randn(4, n, 3), torch.zeros(4, 3 * n)) for n in (2, 5)]
+    assert measured(model, batches)["1"].dead == 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import normlab as nl
-from normlab.diagnostics.scale import scale
+from normlab.diagnostics.scale import outside, scale
 from normlab.diagnostics.subject import Subject
 
 F = nn.functional
@@ -97,3 +97,23 @@ def test_chosen_layers():
     assert list(measured(network(), layers=["4"])) == ["4"]
     with pytest.raises(ValueError, match="named 9; there are 0, 4"):
         measured(network(), layers=["9"])
+
+
+@pytest.mark.parametrize("size", [4, 40])
+def test_the_part_outside_the_span_against_a_projector(size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.Flatten(), nn.Linear(20, 3)).double()
+    x = torch.randn(size, 2, 4, 4).double()
+    x[:, 1] = 0  # half of each patch is never reached
+    with Subject(model, F.cross_entropy, [(x, torch.randint(0, 3, (size,)))]) as subject:
+        found = outside(subject)
+        assert outside(subject, ["2"]) == {"2": found["2"]}
+    rows = {
+        "0": F.unfold(x, 3).movedim(1, 2).reshape(-1, 18),
+        "2": model[:2](x).detach(),
+    }
+    for name, seen in rows.items():
+        w = model.get_submodule(name).weight.detach().flatten(1)
+        left = w - w @ torch.linalg.pinv(seen) @ seen
+        assert math.isclose(found[name], float(left.norm() / w.norm()), abs_tol=1e-9)
+    assert found["0"] > 0.3

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import normlab as nl
-from normlab.diagnostics.stochasticity import discrepancy, disturbance, noise, stored
+from normlab.diagnostics.stochasticity import discrepancy, disturbance, dropout_shift, noise, stored
 from normlab.diagnostics.subject import Subject
 
 F = nn.functional
@@ -165,3 +165,43 @@ def test_inputs_that_are_written_to_later():
     evaluation = copy.deepcopy(block.norm).eval()(x)
     expected = float(((evaluation - train).norm() / train.norm()).detach())
     assert math.isclose(found.discrepancy, expected, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nl.BatchNorm])
+def test_dropout_shifts_the_variance(keep, norm):
+    """Li et al. 2018: v/((m² + v)/p − m²), whatever is stored, with a normalizer before it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(3), nn.Dropout(1 - keep), norm(3), nn.Linear(3, 1)).eval()
+    with torch.no_grad():
+        model[0].running_var.fill_(7.0)  # plays no part
+        model[0].weight.fill_(2.0)
+        model[0].bias.fill_(1.0)
+    batches = [(torch.randn(4096, 3), torch.zeros(4096, 1)) for _ in range(4)]
+    before = copy.deepcopy(model.state_dict())
+    with Subject(model, F.mse_loss, batches) as subject:
+        first, second = dropout_shift(subject)
+    m, v = 1.0, 4.0
+    assert math.isclose(first.ratio, 1, rel_tol=1e-9)
+    # 4096 masks, repeated in each batch, of 3 channels: a deviation of half a percent.
+    assert math.isclose(second.ratio, v / ((m * m + v) / keep - m * m), rel_tol=0.02)
+    assert not model.training
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(),
+                                                 strict=True))  # fmt: skip
+
+
+def test_noise_of_what_stores_nothing():
+    """Statistics of the batch disturb, stored or not."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(16, 3), torch.zeros(16, 1))]
+    values = []
+    for stores in (True, False):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=stores), nn.Linear(3, 1))
+        with Subject(model, F.mse_loss, batches) as subject:
+            (found,) = noise(subject, 4)
+        values.append(found.disturbance)
+    assert values[0] == values[1] > 0.1
+    model = nn.Sequential(nl.norm("group", 4, groups=2), nn.LayerNorm(4), nn.Linear(4, 1))
+    with Subject(model, F.mse_loss, [(torch.randn(8, 4), torch.zeros(8, 1))]) as subject:
+        assert noise(subject, 4) == []

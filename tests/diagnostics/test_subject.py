@@ -1,17 +1,20 @@
 """Measuring leaves no trace: parameters, buffers, gradients, modes, attributes, random state."""
 
 import random
+import weakref
 from collections import deque
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import normlab as nl
 from normlab.core.stored import keeps_statistics
 from normlab.diagnostics.held import held
 from normlab.diagnostics.subject import Subject
+from normlab.diagnostics.watch import watched
 
 
 class Odd(nn.Module):
@@ -271,3 +274,121 @@ def test_what_modules_keep_in_nested_containers():
     assert len(model.kept["a"]) == 1
     assert torch.equal(model.kept["a"][0], torch.zeros(3))
     assert model.kept["b"] == ({"n": 0},)
+
+
+def test_models_that_write_to_their_weights():
+    """Clipped or binarized weights: the actual ones stay, and each evaluation is the same."""
+
+    class Clipped(nn.Linear):
+        def forward(self, x):
+            self.weight.data.mul_(0.5)
+            return super().forward(x)
+
+    model = nn.Sequential(Clipped(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    batch = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    before = traces(model)
+    with Subject(model, nn.functional.cross_entropy, [batch]) as subject:
+        first = subject.loss()
+        subject.gradient()
+        assert subject.loss() == first
+    with held(model):
+        model(batch[0])
+    same(traces(model), before)
+
+
+def test_generators_that_modules_keep():
+    class Draws(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 1)
+            self.own = torch.Generator().manual_seed(3)
+            self.plain, self.array = random.Random(3), np.random.default_rng(3)
+
+        def forward(self, x):
+            factor = self.plain.random() + self.array.random()
+            return super().forward(x + factor * torch.rand(x.shape, generator=self.own))
+
+    def state():
+        return (model.own.get_state().tolist(), model.plain.getstate(),
+                str(model.array.bit_generator.state))  # fmt: skip
+
+    model = Draws()
+    before = state()
+    batch = torch.randn(8, 3), torch.zeros(8, 1)
+    with Subject(model, nn.functional.mse_loss, [batch]) as subject:
+        assert subject.loss() == subject.loss()
+        assert state() != before
+    assert state() == before
+
+
+def test_generators_of_loaders():
+    data = torch.utils.data.TensorDataset(torch.randn(12, 2), torch.zeros(12, 1))
+    own = torch.Generator().manual_seed(1)
+    other = torch.Generator().manual_seed(2)
+    sampler = torch.utils.data.RandomSampler(data, generator=other)
+    before = own.get_state(), other.get_state()
+    for loader in (
+        torch.utils.data.DataLoader(data, 4, shuffle=True, generator=own),
+        torch.utils.data.DataLoader(data, 4, sampler=sampler),
+        torch.utils.data.DataLoader(
+            data, batch_sampler=torch.utils.data.BatchSampler(sampler, 4, drop_last=False)
+        ),
+    ):
+        Subject(nn.Linear(2, 1), nn.functional.mse_loss, loader)
+        assert torch.equal(own.get_state(), before[0])
+        assert torch.equal(other.get_state(), before[1])
+
+
+def test_an_error_on_entering_leaves_nothing_behind():
+    class Fails(nn.Linear):
+        def train(self, mode=True):
+            torch.rand(1)
+            raise RuntimeError("mine")
+
+    batch = torch.ones(4, 2), torch.ones(4, 1)
+    subject = Subject(Fails(2, 1), nn.functional.mse_loss, [batch])
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="mine"):
+        subject.__enter__()
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(RuntimeError, match="with block"):
+        subject.loss()
+
+
+def test_torchscript_is_refused():
+    class Inner(nn.Module):  # compiling warns of torch's own deprecation: a stand-in will do
+        pass
+
+    script = torch.jit.ScriptModule.__new__(torch.jit.ScriptModule)
+    nn.Module.__init__(script)
+    model = Inner()
+    model._modules["part"] = script
+    with pytest.raises(TypeError, match="TorchScript"):
+        Subject(model, None, [(torch.ones(1), None)])
+
+
+def test_hooks_keep_no_tensor_and_see_no_recomputation():
+    seen, alive = [], []
+
+    class Frees(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            last = weakref.ref(y)
+            y = self.b(y.detach())
+            alive.append(last() is not None)
+            return y
+
+    model = Frees()
+    with watched(model, lambda name, *_: seen.append(name)):
+        model(torch.ones(1, 2))
+    assert seen == ["a", "b"]  # the whole returns what its last part did
+    assert alive == [False]
+    seen.clear()
+    block = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    with watched(block, lambda name, *_: seen.append(name)):
+        x = torch.ones(1, 2, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert seen == ["0", "1"]

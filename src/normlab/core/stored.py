@@ -155,7 +155,7 @@ class StoringLayer(nn.Module):
         statistics have been counted.
         """
         policy = self.training if self._update == "auto" else self._update
-        return bool(policy) and bool(self.stored_names) and not _in_backward()
+        return bool(policy) and bool(self.stored_names) and not in_backward()
 
     @property
     def _least(self) -> float:
@@ -383,7 +383,7 @@ def keeps_statistics(module: nn.Module) -> bool:
     return any(name.startswith("running_") for name, _ in buffers)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether autograd's engine is at work; a compiler plans recomputation by itself."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

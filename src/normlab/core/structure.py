@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,9 +22,12 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to the tensors in nested tuples, lists and mappings."""
+    """Apply a function to the tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(value, Tensor):
         return function(value)
+    if is_dataclass(value) and not isinstance(value, type):  # in transformers a mapping, too
+        parts = {f.name: mapped(getattr(value, f.name), function) for f in fields(value) if f.init}
+        return replace(value, **parts)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(mapped(v, function) for v in value))
     if isinstance(value, tuple | list):
@@ -49,8 +52,12 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(getattr(value, field.name))
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, *, derived: bool = False) -> Any:
     """Nested values as those of JSON: what is not finite becomes a word.
+
+    Args:
+        value: Tensors, numbers, containers, dataclasses.
+        derived: Whether properties of dataclasses are put in beside their fields.
 
     Example:
         >>> plain({"a": (1, float("nan")), 2: None})
@@ -59,9 +66,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return plain(value.tolist())
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): plain(v, derived=derived) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [plain(v, derived=derived) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return plain(asdict(value)) if is_dataclass(value) and not isinstance(value, type) else value
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    names = [f.name for f in fields(value)]
+    if derived:
+        names += [n for n, v in vars(type(value)).items() if isinstance(v, property)]
+    return {name: plain(getattr(value, name), derived=derived) for name in names}

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from normlab.core.structure import mapped
 from normlab.diagnostics import lanczos
 from normlab.diagnostics.lanczos import Density, Eigenvalues, Estimate
-from normlab.diagnostics.subject import Subject, outputs
+from normlab.diagnostics.subject import Subject, arguments
 
 Matrix = Literal["hessian", "gauss_newton"]
 
@@ -62,7 +63,7 @@ class Curvature:
     def __call__(self, v: Tensor) -> Tensor:
         """Return A·v; v has shape (size,), in the order of `names`."""
         parts = self._split(v)
-        total = torch.zeros(self.size, dtype=torch.float64)
+        total = torch.zeros(self.size, dtype=torch.float64, device="cpu")
         for batch in self.subject.batches:
             product = self._kept or self._prepared(batch)
             if len(self.subject.batches) == 1:
@@ -119,9 +120,25 @@ def _gauss_newton(
     subject: Subject, batch: Any, at: Mapping[str, Tensor], ordered: list[Tensor]
 ) -> Callable[[list[Tensor]], list[Tensor]]:
     """v ↦ Jᵀ·∇²_f L·J·v; J·v is the derivative of Jᵀ·u, linear in u, along v."""
-    result = subject.evaluate(batch, at)
-    f = [t for t in outputs(result.output) if t.requires_grad]
-    slopes = _grad(result.loss, f, create_graph=True)
+    assert subject.criterion is not None
+    f: list[Tensor] = []
+    cut: list[Tensor] = []
+
+    def leaf(t: Tensor) -> Tensor:
+        if not t.requires_grad:
+            return t
+        f.append(t)
+        cut.append(t.detach().requires_grad_())
+        return cut[-1]
+
+    output = mapped(subject.evaluate(batch, at).output, leaf)
+    if not f:
+        raise ValueError(
+            f"the Gauss–Newton matrix needs outputs that depend on the parameters; none is found "
+            f"in the model's {type(output).__name__}: return tensors, in containers or dataclasses"
+        )
+    # Of the outputs as such: where one is computed from another, the loss must not see that.
+    slopes = _grad(subject.criterion(output, arguments(batch)[2]), cut, create_graph=True)
     u = [torch.zeros_like(t, requires_grad=True) for t in f]
     pulled = _grad(f, ordered, u, create_graph=True)
 
@@ -131,7 +148,7 @@ def _gauss_newton(
         curved = [(s, d) for s, d in zip(slopes, pushed, strict=True) if s.requires_grad]
         if not curved:
             return [torch.zeros_like(p) for p in ordered]
-        bent = _grad([s for s, _ in curved], f, [d for _, d in curved])
+        bent = _grad([s for s, _ in curved], cut, [d for _, d in curved])
         return _grad(f, ordered, bent)
 
     return product
@@ -147,7 +164,7 @@ def _grad(
     found = torch.autograd.grad(
         of, at, along, retain_graph=True, create_graph=create_graph, materialize_grads=True
     )
-    return list(found)
+    return [g.to_dense() if g.is_sparse else g for g in found]
 
 
 def by_layer(

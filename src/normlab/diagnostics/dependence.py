@@ -13,6 +13,7 @@ conditions hold.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from normlab.diagnostics.subject import Subject
 from normlab.diagnostics.watch import by_channel, channel_dim, watched
+from normlab.weights.units import normalizers
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def by_layer(subject: Subject, *, units: int = 256) -> list[Dependence]:
         units: Most channels of a layer, the first ones.
 
     Returns:
-        In order of execution; the model's input is first, under the name ``"input"``.
+        In order of execution; the model's input is first, under the name ``"input"``. Modules with
+        one observation, and those whose number of channels depends on the batch, are left out.
     """
     runs: list[dict[str, Tensor]] = []
 
@@ -122,8 +125,78 @@ def by_layer(subject: Subject, *, units: int = 256) -> list[Dependence]:
         for batch in subject.batches:
             runs.append({})
             subject.evaluate(batch)
-    names = [name for name in runs[0] if all(name in run for run in runs)]
-    return [dependence(torch.cat([run[name] for run in runs], 1), name) for name in names]
+    return [dependence(rows, name) for name, rows in _joined(runs).items()]
+
+
+@dataclass(frozen=True)
+class Around:
+    """Dependence between units before and after one module.
+
+    Attributes:
+        name: Dotted name.
+        before: Of its input.
+        after: Of its output.
+    """
+
+    name: str
+    before: Dependence
+    after: Dependence
+
+
+def around(
+    subject: Subject, layers: Collection[str] | None = None, *, units: int = 256
+) -> list[Around]:
+    """Measure what modules do to the dependence between units.
+
+    Args:
+        subject: An entered `Subject`.
+        layers: Names of modules; None for all normalizers.
+        units: Most channels of a tensor, the first ones.
+
+    Returns:
+        In order of execution, over all batches.
+
+    Example:
+        >>> from normlab.activations.decorrelated import DecorrelatedBatchNorm
+        >>> mixed = torch.randn(64, 2) @ torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+        >>> model = nn.Sequential(DecorrelatedBatchNorm(2, groups=1, eps=1e-7))
+        >>> model.append(nn.Linear(2, 1)) and None
+        >>> with Subject(model, nn.functional.mse_loss, [(mixed, torch.zeros(64, 1))]) as subject:
+        ...     (found,) = around(subject)
+        >>> found.before.correlation > 0.5, found.after.correlation < 1e-3
+        (True, True)
+    """
+    kinds = normalizers()
+    runs: list[dict[str, Tensor]] = []
+
+    def chosen(name: str, module: nn.Module) -> bool:
+        return isinstance(module, kinds) if layers is None else name in layers
+
+    def see(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        if x.numel():
+            runs[-1].setdefault(f"{name}<", _rows(module, x, units))
+            runs[-1].setdefault(f"{name}>", _rows(module, y, units))
+
+    with torch.no_grad(), watched(subject.model, see, only=chosen):
+        for batch in subject.batches:
+            runs.append({})
+            subject.evaluate(batch)
+    rows = _joined(runs)
+    names = [key[:-1] for key in rows if key.endswith(">") and f"{key[:-1]}<" in rows]
+    return [
+        Around(name, dependence(rows[f"{name}<"], name), dependence(rows[f"{name}>"], name))
+        for name in names
+    ]
+
+
+def _joined(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Observations of all batches, of what can be joined and is enough to correlate."""
+    found = {}
+    for name, first in runs[0].items():
+        rows = [run[name] for run in runs if name in run and len(run[name]) == len(first)]
+        if len(rows) == len(runs) and sum(part.shape[1] for part in rows) > 1:
+            found[name] = torch.cat(rows, 1)
+    return found
 
 
 def _rows(module: nn.Module, x: Tensor, units: int) -> Tensor:

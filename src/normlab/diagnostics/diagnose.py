@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ from normlab.diagnostics.findings import Finding
 from normlab.diagnostics.held import Mode
 from normlab.diagnostics.lanczos import Eigenvalues
 from normlab.diagnostics.subject import Loss, Subject
+
+_BASIS = 2.0**29
+"""Most numbers that Lanczos' vectors may take together: 4 GiB."""
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the probe that begins, its number, and how many there are."""
@@ -59,8 +64,36 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values; what is not finite becomes a word."""
-        found: dict[str, Any] = plain(self)
+        found: dict[str, Any] = plain(self, derived=True)
         return found
+
+    def figures(self) -> dict[str, Any]:
+        """Figures as Altair charts by key, to restyle or combine.
+
+        Raises:
+            ImportError: Without the drawing libraries (``pip install 'normlab[lab]'``).
+        """
+        from normlab.report import diagnosis
+
+        return diagnosis.figures(self.to_json())
+
+    def write(self, path: str | os.PathLike[str], title: str = "Diagnosis") -> Path:
+        """Write findings, figures and numbers as one HTML page that needs no network.
+
+        Args:
+            path: The file to create or replace.
+            title: Heading.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            OSError: The file could not be written; what stood there before is untouched.
+            ImportError: Without the drawing libraries (``pip install 'normlab[lab]'``).
+        """
+        from normlab.report import diagnosis
+
+        return diagnosis.write(self.to_json(), path, title)
 
 
 @dataclass(frozen=True)
@@ -70,14 +103,14 @@ class _Probe:
     Attributes:
         name: Key of its result.
         cost: Seconds expected, in evaluations of the gradient on one batch.
-        run: Measures; gets the seconds that it may take.
+        run: Measures; gets the seconds that it may take, and the results before it.
         judge: What its result means.
         whole: Whether it measures on all batches, or on the first alone.
     """
 
     name: str
     cost: float
-    run: Callable[[Subject, float], Any]
+    run: Callable[[Subject, float, Mapping[str, Any]], Any]
     judge: Callable[[Any], Iterator[Finding]] = lambda result: iter(())
     whole: bool = False
 
@@ -136,11 +169,13 @@ def diagnose(
         start = time.monotonic()
         first.gradient()
         unit = time.monotonic() - start
+        with torch.no_grad():
+            value = float(first.loss())
     probes = _probes(whole, lr, weight_decay)
     numbers: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     skipped: dict[str, str] = {}
-    found: list[Finding] = []
+    found: list[Finding] = [*findings.of_loss(value)]
     for place, probe in enumerate(probes, start=1):
         left = budget - (time.monotonic() - begun)
         subject = whole if probe.whole else first
@@ -153,16 +188,16 @@ def diagnose(
         start = time.monotonic()
         with subject:
             try:
-                numbers[probe.name] = probe.run(subject, left)
-            except (RuntimeError, TypeError, ValueError) as error:
-                # One probe that a model does not allow must not cost the others. torch may have no
-                # second derivative or no memory (RuntimeError), a layer refuse a batch that is too
-                # small (ValueError), or need more than its input to be called alone (TypeError).
+                numbers[probe.name] = probe.run(subject, left, numbers)
+            except Exception as error:
+                # One probe that a model does not allow must not cost the others: torch may have no
+                # second derivative or no memory, a layer refuse a batch that is too small.
                 skipped[probe.name] = f"failed: {type(error).__name__}: {str(error)[:300]}"
                 continue
         seconds[probe.name] = time.monotonic() - start
         found += probe.judge(numbers[probe.name])
     facts = {
+        "loss": value,
         "parameters": sum(p.numel() for p in first.parameters.values()),
         "batches": len(whole.batches),
         "model": type(first.model).__name__,
@@ -185,42 +220,86 @@ def _check_numbers(lr: float | None, weight_decay: float | None, budget: float) 
 
 def _probes(subject: Subject, lr: float | None, weight_decay: float | None) -> list[_Probe]:
     """The probes in order of what they tell for their cost."""
+    modules = [*subject.model.modules()]
+    stores = any(keeps_statistics(module) for module in modules)
+    layers = {name.rpartition(".")[0] for name in subject.parameters}
     probes = [
-        _Probe("propagation", 3, lambda s, _: propagation.propagation(s), findings.of_propagation),
-        _Probe("biases", 1, lambda s, _: _bias_gradients(s), lambda f: findings.of_biases(*f)),
+        _Probe("propagation", 3, lambda s, *_: propagation.propagation(s), findings.of_propagation),
+        _Probe("biases", 1, lambda s, *_: _bias_gradients(s), lambda f: findings.of_biases(*f)),
     ]
-    if any(keeps_statistics(module) for module in subject.model.modules()):
-        size = max(2, _samples(subject) // 4)
+    if stores:
         probes += [
-            _Probe("stored", 2, lambda s, _: stochasticity.stored(s), findings.of_stored,
+            _Probe("stored", 2, lambda s, *_: stochasticity.stored(s), findings.of_stored,
                    whole=True),
-            _Probe("discrepancy", 1, lambda s, _: stochasticity.discrepancy(s),
+            _Probe("discrepancy", 1, lambda s, *_: stochasticity.discrepancy(s),
                    findings.of_discrepancy, whole=True),
-            _Probe("noise", 6, lambda s, _: stochasticity.noise(s, size, draws=8),
-                   findings.of_noise),
         ]  # fmt: skip
+    if stores and any(_drops(module) for module in modules):
+        probes += [_Probe("dropout_shift", 2, lambda s, *_: stochasticity.dropout_shift(s),
+                          findings.of_shift)]  # fmt: skip
+    if any(stochasticity.takes_batch(module) for module in modules):
+        size = max(2, _samples(subject) // 4)
+        probes += [_Probe("noise", 6, lambda s, *_: stochasticity.noise(s, size, draws=8),
+                          findings.of_noise)]  # fmt: skip
     probes += [
-        _Probe("scale", 14, lambda s, _: scale.scale(s, lr=lr, weight_decay=weight_decay,
-                                                     span=False), findings.of_scale),
-        _Probe("dependence", 2, lambda s, _: dependence.by_layer(s, units=128)),
+        _Probe("scale", 14, lambda s, *_: scale.scale(s, lr=lr, weight_decay=weight_decay,
+                                                      span=False), findings.of_scale),
+        _Probe("dependence", 2, lambda s, *_: dependence.by_layer(s, units=128)),
+        _Probe("slice", 6, lambda s, _, n: landscape.loss_slice(s, invariant=_invariant(n))),
     ]  # fmt: skip
     if lr is not None:
         rate = lr
         probes += [
-            _Probe("landscape", 13, lambda s, _: landscape.along_gradient(s, rate, points=8),
+            _Probe("landscape", 13, lambda s, *_: landscape.along_gradient(s, rate, points=8),
                    lambda found: findings.of_landscape(found, rate)),
         ]  # fmt: skip
     probes += [
-        _Probe("curvature", 25, _curvature, lambda found: findings.of_curvature(found, lr)),
-        _Probe("factors", 6, lambda s, _: factors.factors(s), findings.of_factors),
-    ]
+        _Probe("curvature", 25, lambda s, left, _: _top(s, "hessian", left),
+               lambda found: findings.of_curvature(found, lr)),
+        _Probe("factors", 6, lambda s, *_: factors.factors(s), findings.of_factors),
+    ]  # fmt: skip
     if lr is not None:
         # One gradient for each layer that is measured, beside that of the start.
         cost = 2 + sum(p.ndim > 1 for p in subject.parameters.values())
         probes.append(
-            _Probe("covariate_shift", cost, lambda s, _: landscape.covariate_shift(s, rate))
+            _Probe("covariate_shift", cost, lambda s, *_: landscape.covariate_shift(s, rate))
         )
+    probes += [
+        _Probe("plane", 12, _plane),
+        _Probe("span", 20, lambda s, *_: [{"name": n, "outside": v}
+                                          for n, v in scale.outside(s).items()]),
+    ]  # fmt: skip
+    if subject.criterion is not None:
+        probes.append(_Probe("gauss_newton", 40, lambda s, left, _: _top(s, "gauss_newton", left)))
+    probes += [
+        _Probe("spectrum", 100, lambda s, *_: _spectrum(s)),
+        _Probe("curvature_by_layer", 12 * len(layers), lambda s, *_: curvature.by_layer(s)),
+    ]
     return probes
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module may drop something in training: by its class, or by a rate of its own."""
+    own = getattr(getattr(module, "recovery", None), "dropout", 0.0)
+    return bool(own) or "drop" in type(module).__name__.lower()
+
+
+def _invariant(numbers: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Which weights have no scale, if that was measured."""
+    if "scale" not in numbers:
+        return None
+    return {one.name: one.invariant for one in numbers["scale"] if one.invariant is not None}
+
+
+def _plane(subject: Subject, left: float, numbers: Mapping[str, Any]) -> landscape.Slice:
+    """The loss on a plane, of as many points as there is time for: 5×5 to 15×15."""
+    start = time.monotonic()
+    with torch.no_grad():
+        subject.loss()
+    each = max(time.monotonic() - start, 1e-6)
+    side = int(min(15, math.sqrt(0.8 * max(left, 0) / each)))
+    points = max(5, side - 1 + side % 2)  # odd, so that the model is one of them
+    return landscape.loss_slice(subject, 2, points=points, invariant=_invariant(numbers))
 
 
 def _samples(subject: Subject) -> int:
@@ -237,11 +316,20 @@ def _bias_gradients(subject: Subject) -> tuple[dict[str, float], dict[str, float
     )
 
 
-def _curvature(subject: Subject, left: float) -> Eigenvalues:
-    """The top eigenvalue to 1 %, in as many products as there is time for."""
-    operator = curvature.Curvature(subject)
+def _top(subject: Subject, matrix: curvature.Matrix, left: float) -> Eigenvalues:
+    """The top eigenvalue to 1 %, in as many products as there is time and memory for."""
+    operator = curvature.Curvature(subject, matrix)
     start = time.monotonic()
-    operator(torch.ones(operator.size, dtype=torch.float64))
+    operator(torch.ones(operator.size, dtype=torch.float64, device="cpu"))
     each = max(time.monotonic() - start, 1e-6)
-    steps = max(2, int(min(30, 0.8 * left / each)))
+    steps = max(2, int(min(30, _BASIS / operator.size, 0.4 * left / each)))
     return operator.eigenvalues(steps=steps, tolerance=1e-2)
+
+
+def _spectrum(subject: Subject) -> dict[str, Any]:
+    """Spectral density and trace of the Hessian."""
+    operator = curvature.Curvature(subject)
+    found = operator.density(steps=max(2, int(min(40, _BASIS / operator.size))), draws=1)
+    values, density = found.curve()
+    trace = found.moment(1) * operator.size
+    return {"values": values, "density": density, "trace": trace, "points": found}

@@ -42,13 +42,23 @@ class Spectrum:
             share: 1 for the least eigenvalue, 0.8 for the one that 80 % reach.
 
         Returns:
-            The ratio; inf where λ_k is 0 but for rounding, nan where all are.
+            The ratio; inf where λ_k is 0 but for rounding, nan where all are, or one is no number.
         """
         k = max(1, math.ceil(share * len(self.values))) - 1
         top, low = float(self.values[0]), float(self.values[k])
-        if top <= 0:
+        if not top > 0:
             return math.nan
         return top / low if low > top * 1e-13 * len(self.values) else math.inf
+
+    @property
+    def kappa(self) -> float:
+        """λ_max/λ_min."""
+        return self.condition()
+
+    @property
+    def kappa_80(self) -> float:
+        """λ_max over the eigenvalue that 80 % reach."""
+        return self.condition(0.8)
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ def factors(
         ...     round(factors(subject)[0].inputs.condition(), 6)
         4.0
     """
-    kept = {name: _Sums() for name in weight_layers(subject, layers)}
+    kept = {name: _Sums() for name in weight_layers(subject, layers, parametrized=True)}
     slopes = {name: _Sums() for name in kept}
 
     def see(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -135,5 +145,7 @@ class _Sums:
         if centred:
             mean = self.total / self.count
             matrix = matrix - torch.outer(mean, mean)
+        if not bool(matrix.isfinite().all()):  # LAPACK would refuse it
+            return Spectrum(torch.full_like(matrix[0], math.nan), self.count)
         values = torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0)
         return Spectrum(values, self.count)

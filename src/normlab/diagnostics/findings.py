@@ -16,7 +16,7 @@ from normlab.diagnostics.lanczos import Eigenvalues
 from normlab.diagnostics.landscape import Landscape
 from normlab.diagnostics.propagation import Layer, growth
 from normlab.diagnostics.scale import ScaleOf
-from normlab.diagnostics.stochasticity import Discrepancy, Noise, Stored
+from normlab.diagnostics.stochasticity import Discrepancy, Noise, Shift, Stored
 
 Severity = Literal["severe", "warning", "note"]
 ORDER: tuple[Severity, ...] = ("severe", "warning", "note")
@@ -60,6 +60,10 @@ VARIANCE_OFF = Threshold(
     2.0, _OURS + "evaluation then scales the layer's output by over 1.4 against training"
 )
 MEAN_OFF = Threshold(0.5, _OURS + "half a deviation of the input shifts most activations")
+SHIFTED = Threshold(
+    1.25, "1801.05134 shows such shifts to cost accuracy; how large is chosen here: a tenth of the "
+    "deviation"
+)  # fmt: skip
 LOSS_GAP = Threshold(0.1, _OURS + "a tenth of the loss, beyond what batches differ by")
 NOISE = Threshold(0.5, _OURS + "half of an output's deviation is then its company's doing")
 EXPLODES = Threshold(1.2, _OURS + "a hundredfold over 25 layers")
@@ -71,7 +75,16 @@ COLLAPSED = Threshold(
 SHARP = Threshold(2.0, "2103.00065: gradient descent leaves a quadratic of sharpness over 2/η")
 OUT_OF_BALANCE = Threshold(3.0, _OURS + "effective rates are then 9 times off their balance")
 CONDITION = Threshold(1e5, _OURS + "float32 has 7 digits; two are left of a solution")
+_A_NUMBER = Threshold(math.inf, "a number")
 ZERO_BIAS = Threshold(1e-5, _OURS + "100 times float32's rounding")
+
+
+def of_loss(loss: float) -> Iterator[Finding]:
+    """A loss that is no number."""
+    if not math.isfinite(loss):
+        yield Finding("severe", "model", f"the loss is not finite: {loss}", loss, _A_NUMBER,
+                      "look for inputs or weights that are not finite; lower the learning rate, or "
+                      "start from an earlier checkpoint")  # fmt: skip
 
 
 def of_stored(found: Sequence[Stored]) -> Iterator[Finding]:
@@ -118,9 +131,24 @@ def of_discrepancy(found: Discrepancy) -> Iterator[Finding]:
                       "small or not mixed: group or filter_response")  # fmt: skip
 
 
+def of_shift(found: Sequence[Shift]) -> Iterator[Finding]:
+    """Dropout in front of normalizers, whose stored variance is then that of training alone."""
+    shifts = [(1 / s.ratio, s.name) for s in found if s.ratio > 0]
+    beyond = [pair for pair in shifts if pair[0] > SHIFTED.value]
+    if beyond:
+        value, name = max(beyond)
+        says = f"dropout makes the variance that training stores {value:.3g} × evaluation's"
+        if len(beyond) > 1:
+            says += f", the worst of {len(beyond)} normalizers"
+        yield Finding("warning", name, says, value, SHIFTED,
+                      "put dropout behind the last normalizer that stores statistics, or in front "
+                      "of those that store none: group, layer")  # fmt: skip
+
+
 def of_noise(found: Sequence[Noise]) -> Iterator[Finding]:
     """Outputs that depend on who else is in the batch."""
-    worst = max(found, key=lambda n: n.disturbance, default=None)
+    known = [n for n in found if not math.isnan(n.disturbance)]
+    worst = max(known, key=lambda n: n.disturbance, default=None)
     if worst is not None and worst.disturbance > NOISE.value:
         says = (
             f"in batches of {worst.batch_size} an output varies by {worst.disturbance:.2g} "
@@ -136,8 +164,8 @@ def of_propagation(found: Sequence[Layer]) -> Iterator[Finding]:
     for layer in found:
         if not math.isfinite(layer.mean_square):
             yield Finding("severe", layer.name, "its output is not finite", layer.mean_square,
-                          Threshold(math.inf, "a number"), "lower the learning rate, or start from "
-                          "an earlier checkpoint; in float16, scale the loss")  # fmt: skip
+                          _A_NUMBER, "lower the learning rate, or start from an earlier "
+                          "checkpoint; in float16, scale the loss")  # fmt: skip
             return
     weights = [la for la in found if la.kind.startswith(("Conv", "Linear")) and la.gradient > 0]
     if len(weights) >= 8:  # a slope of fewer points says little
@@ -174,9 +202,11 @@ def of_curvature(found: Eigenvalues, lr: float | None) -> Iterator[Finding]:
 
 def of_landscape(found: Landscape, lr: float) -> Iterator[Finding]:
     """A gradient that does not predict the next."""
+    if not math.isfinite(found.loss):
+        return  # said by `of_loss`
     if not all(math.isfinite(loss) for loss in found.losses):
         yield Finding("severe", "model", "the loss is not finite along the gradient", math.inf,
-                      Threshold(math.inf, "a number"), "a lower learning rate")  # fmt: skip
+                      _A_NUMBER, "a lower learning rate")  # fmt: skip
     elif found.smoothness * lr > 2 * SHARP.value:
         value = found.smoothness * lr
         says = f"along the gradient η·β = {value:.3g}: the gradient turns within a step"

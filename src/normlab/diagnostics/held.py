@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normlab.core.stored import StoringLayer, keeps_statistics
 
@@ -20,8 +21,8 @@ MODES: tuple[Mode, ...] = ("train", "stored", "eval", "as_is")
 def held(model: nn.Module, mode: Mode = "as_is") -> Iterator[nn.Module]:
     """Put a model into a mode; on leaving, put back all that its modules hold, bit for bit.
 
-    Parameters must not be written to inside. Everything else may change: buffers, attributes,
-    modes, lists of a module's own.
+    Parameters, buffers, attributes, modes, containers of a module's own, however deep: whatever a
+    forward pass may write to. It takes the memory of a copy of the model.
 
     Args:
         model: Any module.
@@ -122,7 +123,7 @@ def _container(value: Any) -> bool:
 
 
 def _plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_meta
+    return isinstance(value, Tensor) and not value.is_meta and not is_lazy(value)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

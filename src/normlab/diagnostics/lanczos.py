@@ -82,7 +82,7 @@ class Density:
 def tridiagonal(
     product: Product, start: Tensor, steps: int, *, done: Callable[[Tensor, Tensor], bool]
 ) -> tuple[Tensor, Tensor]:
-    """Lanczos' recurrence with full reorthogonalization, which needs steps·size numbers.
+    """Lanczos' recurrence with full reorthogonalization, which keeps steps·size numbers.
 
     Args:
         product: A·v.
@@ -93,27 +93,31 @@ def tridiagonal(
 
     Returns:
         α of shape (k,) and β of shape (k,).
+
+    Raises:
+        ValueError: If a product is not finite.
     """
-    q = start / start.norm()
-    basis = [q]
+    basis = start.new_empty(max(1, min(steps, len(start))), len(start))
+    basis[0] = start / start.norm()
     alpha: list[Tensor] = []
     beta: list[Tensor] = []
     while True:
-        w = product(q)
-        alpha.append(q @ w)
+        Q = basis[: len(alpha) + 1]
+        w = product(Q[-1])
+        if not bool(w.isfinite().all()):
+            raise ValueError("a product of the matrix is not finite, so it has no spectrum")
+        alpha.append(Q[-1] @ w)
         for _ in range(2):  # once is not enough where A is badly conditioned
-            Q = torch.stack(basis)
             w = w - Q.T @ (Q @ w)
         size = w.norm()
         beta.append(size)
-        if len(basis) == len(start):  # the whole space: what is left is rounding
+        if len(Q) == len(start):  # the whole space: what is left is rounding
             beta[-1] = torch.zeros_like(size)
         a, b = torch.stack(alpha), torch.stack(beta)
         exhausted = bool(beta[-1] <= 1e-12 * (a.abs().max() + b.max()))
-        if len(basis) >= steps or exhausted or done(a, b):
+        if len(Q) == len(basis) or exhausted or done(a, b):
             return a, b
-        q = w / size
-        basis.append(q)
+        basis[len(Q)] = w / size
 
 
 def ritz(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,8 +225,8 @@ def density(
 
 
 def _normal(size: int, draw: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=draw, dtype=torch.float64)
+    return torch.randn(size, generator=draw, dtype=torch.float64, device="cpu")
 
 
 def _signs(size: int, draw: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (size,), generator=draw).double() * 2 - 1
+    return torch.randint(0, 2, (size,), generator=draw, device="cpu").double() * 2 - 1

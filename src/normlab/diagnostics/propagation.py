@@ -101,7 +101,8 @@ def _one(subject: Subject, batch: object, samples: int) -> dict[str, _Seen]:
 def _measured(name: str, module: nn.Module, y: Tensor, depth: int, samples: int) -> _Seen:
     y = y.detach()
     y = y if y.dtype == torch.float64 else y.float()
-    rows = by_channel(y, channel_dim(module, y)) if y.ndim > 1 else y[:, None]
+    # One number for each sample is one channel.
+    rows = by_channel(y, channel_dim(module, y)) if y.ndim > 1 else y[None]
     weight = getattr(module, "weight", None)
     # A branch that starts at γ = 0 is silent, not dead: its gradient will move γ.
     silent = isinstance(weight, Tensor) and not bool(weight.any())
@@ -135,7 +136,9 @@ def _averaged(runs: list[_Seen]) -> Layer:
         return float(sum(getattr(run.layer, name) for run in runs) / len(runs))
 
     gradients = [run.gradient[0] if run.gradient else float("nan") for run in runs]
-    alive = torch.stack([run.alive for run in runs]).any(0)
+    shares = [float(run.alive.float().mean()) for run in runs]
+    if len({len(run.alive) for run in runs}) == 1:  # lengths of sequences may differ
+        shares = [float(torch.stack([run.alive for run in runs]).any(0).float().mean())]
     return replace(
         runs[0].layer,
         variance=mean("variance"),
@@ -144,7 +147,7 @@ def _averaged(runs: list[_Seen]) -> Layer:
         stable_rank=mean("stable_rank"),
         effective_rank=mean("effective_rank"),
         gradient=sum(gradients) / len(gradients),
-        dead=1 - float(alive.float().mean()),
+        dead=1 - sum(shares) / len(shares),
     )
 
 

@@ -89,7 +89,7 @@ def scale(
     args, kwargs, _ = arguments(subject.batches[0])
     call = captured(subject.model, args, kwargs)
     invariant = scale_invariant(subject.model, names, call, tolerance)
-    shares = _shares(subject, names) if span else {}
+    shares = outside(subject, names) if span else {}
     gradients = subject.gradient()
     found = []
     for name in names:
@@ -103,12 +103,24 @@ def scale(
     return found
 
 
-def weight_layers(subject: Subject, layers: Collection[str] | None = None) -> list[str]:
-    """Names of Linear and convolution layers with a trainable weight, all or those chosen."""
+def weight_layers(
+    subject: Subject, layers: Collection[str] | None = None, *, parametrized: bool = False
+) -> list[str]:
+    """Names of Linear and convolution layers with a trainable weight, all or those chosen.
+
+    With `parametrized`, also of those whose weight is computed from trainable parameters.
+    """
+
+    def trained(name: str, module: nn.Module) -> bool:
+        if f"{name}.weight".lstrip(".") in subject.parameters:
+            return True
+        inside = f"{name}.parametrizations.weight.".lstrip(".")
+        return parametrized and any(key.startswith(inside) for key in subject.parameters)
+
     names = [
         name
         for name, module in subject.model.named_modules()
-        if isinstance(module, units.WEIGHT_LAYERS) and f"{name}.weight" in subject.parameters
+        if isinstance(module, units.WEIGHT_LAYERS) and trained(name, module)
     ]
     unknown = sorted(set(layers or ()) - set(names))
     if unknown:
@@ -144,8 +156,17 @@ def _standing(
     )
 
 
-def _shares(subject: Subject, names: Collection[str]) -> dict[str, float]:
-    """The part of each weight outside the span of its inputs on the first batch."""
+def outside(subject: Subject, layers: Collection[str] | None = None) -> dict[str, float]:
+    """Measure ‖P⊥w‖/‖w‖, the part of each weight outside the span of its inputs (2102.03497).
+
+    Args:
+        subject: An entered `Subject`; its first batch is taken.
+        layers: Names of layers; None for all Linear and convolutions with a trainable weight.
+
+    Returns:
+        By name; layers whose weight is 0 and transposed convolutions are left out.
+    """
+    names = weight_layers(subject, layers)
     inputs: dict[str, Tensor] = {}
 
     def see(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:

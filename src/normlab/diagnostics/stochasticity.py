@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,8 @@ class Stored:
             which are constant to the layer; inf where a stored one is not finite or negative, nan
             where none is stored.
         channel: The channel of that ratio.
-        discrepancy: ‖y_eval − y_train‖/‖y_train‖ over the batches, of this layer alone, both on
-            the inputs that it met.
+        discrepancy: The largest ‖y_eval − y_train‖/‖y_train‖ of a batch, of this layer alone, both
+            on the input that it met; nan where it cannot be called with its input alone.
     """
 
     name: str
@@ -67,7 +68,7 @@ def stored(subject: Subject) -> list[Stored]:
 
     with torch.no_grad():
         for batch in subject.batches:  # one at a time: inputs of all layers are large
-            for name, xs in _inputs(subject, [batch]).items():
+            for name, xs in _inputs(subject, [batch], keeps_statistics).items():
                 module = subject.model.get_submodule(name)
                 for x in xs:
                     found.setdefault(name, Population()).add(x, channel_dim(module, x))
@@ -78,15 +79,16 @@ def stored(subject: Subject) -> list[Stored]:
     ]
 
 
-def _inputs(subject: Subject, batches: Sequence[Any]) -> dict[str, list[Tensor]]:
-    """Inputs of normalizers with stored statistics, batch by batch."""
+def _inputs(
+    subject: Subject, batches: Sequence[Any], chosen: Callable[[nn.Module], bool]
+) -> dict[str, list[Tensor]]:
+    """Inputs of chosen modules, batch by batch."""
     found: dict[str, list[Tensor]] = {}
 
     def keep(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        if keeps_statistics(module):
-            found.setdefault(name, []).append(x.detach().clone())  # it may be written to later
+        found.setdefault(name, []).append(x.detach().clone())  # it may be written to later
 
-    with watched(subject.model, keep):
+    with watched(subject.model, keep, only=lambda _, module: chosen(module)):
         for batch in batches:
             subject.evaluate(batch)
     return found
@@ -118,7 +120,8 @@ def _discrepancy(module: nn.Module, x: Tensor) -> float:
         with held(module, mode):
             try:
                 results.append(module(x).double())
-            except ValueError:  # a batch that is too small for training
+            except (ValueError, TypeError):
+                # A batch that is too small for training; a layer that needs more than its input.
                 return math.nan
     return float((results[1] - results[0]).norm() / results[0].norm())
 
@@ -152,12 +155,9 @@ def discrepancy(subject: Subject) -> Discrepancy:
     losses: dict[str, list[float]] = {"train": [], "eval": []}
     with torch.no_grad():
         for mode in outputs:
-            with held(subject.model, "eval"):
-                for module in subject.model.modules() if mode == "train" else ():
-                    if isinstance(module, StoringLayer):  # its own dropout or noise stays off
-                        module.use = "batch"
-                    elif keeps_statistics(module):
-                        module.train()
+            with (
+                _without_dropout(subject.model) if mode == "train" else held(subject.model, "eval")
+            ):
                 for batch in subject.batches:
                     result = subject.evaluate(batch)
                     first = next(floating(result.output), None)
@@ -169,6 +169,72 @@ def discrepancy(subject: Subject) -> Discrepancy:
         moved = float((b - a).norm() / a.norm())
     count = len(subject.batches)
     return Discrepancy(moved, sum(losses["train"]) / count, sum(losses["eval"]) / count)
+
+
+@contextlib.contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Statistics of the batch as in training, all else as in evaluation."""
+    with held(model, "eval"):
+        for module in model.modules():
+            if isinstance(module, StoringLayer):  # its own dropout or noise stays off
+                module.use = "batch"
+            elif keeps_statistics(module):
+                module.train()
+        yield
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What dropout does to the variance of one normalizer's input.
+
+    Attributes:
+        name: Dotted name of the normalizer.
+        ratio: Σ_c Var_without/Σ_c Var_with, c the channels: the variance that evaluation meets as a
+            multiple of that which training stores; nan where the input is constant.
+    """
+
+    name: str
+    ratio: float
+
+
+def dropout_shift(subject: Subject) -> list[Shift]:
+    """Measure the shift of variance by dropout in front of normalizers that store statistics.
+
+    For dropout that keeps with probability p, right in front of the normalizer, a channel of mean m
+    and variance v has v/((m² + v)/p − m²) ≤ 1 (Li et al. 2018, 1801.05134). Statistics are those of
+    the batch with dropout and without, so that nothing else differs, as it does between training
+    and evaluation (`normlab.networks.variance_shift` measures all of that).
+
+    Args:
+        subject: An entered `Subject`, in any mode.
+
+    Returns:
+        One for each normalizer that stores statistics and ran, in order of execution.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3))
+        >>> x = torch.randn(4096, 3)
+        >>> with Subject(model, nn.functional.mse_loss, [(x, x)]) as subject:
+        ...     round(dropout_shift(subject)[0].ratio, 1)
+        0.5
+    """
+    populations: list[dict[str, Population]] = []
+    with torch.no_grad():
+        for around in (_without_dropout(subject.model), held(subject.model, "train")):
+            found: dict[str, Population] = {}
+            with around:
+                for batch in subject.batches:
+                    for name, xs in _inputs(subject, [batch], keeps_statistics).items():
+                        module = subject.model.get_submodule(name)
+                        for x in xs:
+                            found.setdefault(name, Population()).add(x, channel_dim(module, x))
+            populations.append(found)
+    off, on = populations
+    return [
+        Shift(name, float(off[name].variance.sum() / on[name].variance.sum()))
+        for name in off
+        if name in on
+    ]
 
 
 @dataclass(frozen=True)
@@ -243,6 +309,13 @@ def disturbance(
     return math.sqrt(float(variance.mean())) if variance.numel() else math.nan, size
 
 
+def takes_batch(module: nn.Module) -> bool:
+    """Whether a normalizer's statistics range over samples, whether it stores them or not."""
+    if isinstance(module, StoringLayer) and module.partition.shared:
+        return True
+    return keeps_statistics(module) or isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
 def noise(subject: Subject, batch_size: int, *, draws: int = 16) -> list[Noise]:
     """Measure `disturbance` of each normalizer on the inputs that it meets.
 
@@ -252,15 +325,17 @@ def noise(subject: Subject, batch_size: int, *, draws: int = 16) -> list[Noise]:
         draws: Permutations of the pool.
 
     Returns:
-        One for each normalizer with stored statistics, in order of execution.
+        One for each normalizer that takes statistics of the batch, in order of execution; those
+        that need more than their input are left out.
     """
     with torch.no_grad():
-        inputs = _inputs(subject, subject.batches)
+        inputs = _inputs(subject, subject.batches, takes_batch)
     found = []
     for name, xs in inputs.items():
-        pool = torch.cat(xs)
-        value, size = disturbance(
-            subject.model.get_submodule(name), pool, batch_size, draws=draws, seed=subject.seed
-        )
+        layer, pool = subject.model.get_submodule(name), torch.cat(xs)
+        try:
+            value, size = disturbance(layer, pool, batch_size, draws=draws, seed=subject.seed)
+        except TypeError:
+            continue
         found.append(Noise(name, batch_size, value / size if size else math.nan, size))
     return found

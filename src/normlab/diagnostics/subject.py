@@ -50,6 +50,7 @@ class Subject:
 
     Raises:
         ValueError: If there is no batch, or no parameter that requires a gradient.
+        TypeError: If a part of the model is TorchScript, which is no function of its parameters.
 
     Example:
         >>> batch = torch.ones(4, 2), torch.zeros(4, 1)
@@ -71,11 +72,18 @@ class Subject:
     ) -> None:
         self.model = inner(model)
         self.criterion, self.mode, self.seed = loss, mode, seed
-        with same_random_state(self.model):  # a loader draws its order, or a seed for its workers
+        # A loader draws its order, or a seed for its workers.
+        with same_random_state(self.model, *_samplers(batches)):
             self.batches = _taken(batches, limit)
+        if any(isinstance(module, torch.jit.ScriptModule) for module in self.model.modules()):
+            raise TypeError(
+                "TorchScript cannot be evaluated as a function of its parameters; give the model "
+                "that it was made from"
+            )
         parameters = dict(self.model.named_parameters())
-        self.parameters = {k: p.detach() for k, p in parameters.items() if p.requires_grad}
-        self.constants = {k: p.detach() for k, p in parameters.items() if not p.requires_grad}
+        real = {k: p for k, p in parameters.items() if p.requires_grad and not p.is_complex()}
+        self.parameters = {k: p.detach() for k, p in real.items()}
+        self.constants = {k: p.detach() for k, p in parameters.items() if k not in real}
         if not self.batches:
             raise ValueError("a probe needs at least one batch; received none")
         if not self.parameters:
@@ -86,9 +94,13 @@ class Subject:
         self._stack: contextlib.ExitStack | None = None
 
     def __enter__(self) -> Subject:
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(same_random_state(self.model))
-        self._stack.enter_context(held(self.model, self.mode))
+        with contextlib.ExitStack() as stack:
+            # The caller may stand in a block without gradients.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(same_random_state(self.model))
+            stack.enter_context(held(self.model, self.mode))
+            self._stack = stack.pop_all()  # until here an error leaves nothing behind
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -108,11 +120,14 @@ class Subject:
 
         Raises:
             RuntimeError: Outside a ``with`` block.
-            ValueError: If the loss is not a finite scalar.
+            ValueError: If the loss is not one number.
         """
         if self._stack is None:
             raise RuntimeError("use a Subject in a with block, which puts the model back")
-        state = {**self.constants, **self.parameters, **(parameters or {})}
+        state = dict(parameters or {})
+        for name, p in (*self.constants.items(), *self.parameters.items()):
+            if name not in state:  # a copy, since some models write to their weights
+                state[name] = p.clone()
         buffers = {k: b.clone() for k, b in self.model.named_buffers()}
         args, kwargs, target = arguments(batch)
         reseed(self.model, self.seed)
@@ -129,7 +144,7 @@ class Subject:
 
     def leaves(self) -> dict[str, Tensor]:
         """The parameters, as new leaves that require a gradient."""
-        return {k: p.detach().requires_grad_() for k, p in self.parameters.items()}
+        return _leaves(self.parameters)
 
     def loss(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The mean loss over the batches."""
@@ -145,12 +160,21 @@ class Subject:
                 self.evaluate(batch, at).loss, list(at.values()), materialize_grads=True
             )
             for name, g in zip(at, found, strict=True):
+                g = g.to_dense() if g.is_sparse else g
                 sums[name] = sums[name] + g if name in sums else g
         return {name: g / len(self.batches) for name, g in sums.items()}
 
 
 def _leaves(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: p.detach().requires_grad_() for k, p in parameters.items()}
+    return {k: p.detach().clone().requires_grad_() for k, p in parameters.items()}
+
+
+def _samplers(batches: object) -> list[object]:
+    """A loader and the parts of it that may draw."""
+    inside = getattr(batches, "batch_sampler", None)
+    parts = [getattr(batches, "sampler", None), inside, getattr(inside, "sampler", None)]
+    parts += [batches, getattr(batches, "dataset", None)]
+    return [part for part in parts if hasattr(part, "__dict__")]
 
 
 def _taken(batches: Iterable[Any], limit: int | None) -> list[Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from normlab.core.stored import in_backward
 from normlab.core.structure import tensors
 
 See = Callable[[str, nn.Module, Tensor, Tensor], None]
@@ -49,36 +51,40 @@ def by_channel(x: Tensor, dim: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, see: See) -> Iterator[None]:
+def watched(
+    model: nn.Module, see: See, *, only: Callable[[str, nn.Module], bool] | None = None
+) -> Iterator[None]:
     """Call a function after each module's forward pass.
 
     A module whose output is that of its last part is passed over, so that each tensor is seen
-    once; modules without floating-point tensors are too.
+    once; modules whose output has no floating-point numbers are too, and what activation
+    checkpointing runs a second time.
 
     Args:
         model: Any module.
         see: What to call. It must not write to what it is given.
+        only: Which modules to look at, by name and module; None for all.
     """
-    seen: dict[int, tuple[Tensor, int]] = {}
+    seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # no tensor lives longer for it
 
     def hook(name: str) -> Any:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             given = next((t for t in tensors((args, kwargs)) if t.is_floating_point()), None)
             y = next((t for t in tensors(output) if t.is_floating_point()), None)
-            # Written in place, the same tensor is another output.
-            if y is None or y.ndim == 0 or seen.get(id(y), (y, -1))[1] == y._version:
+            if y is None or y.ndim == 0 or y.numel() == 0 or in_backward():
                 return
-            seen[id(y)] = y, y._version  # kept, so that no other tensor takes its place
+            before, version = seen.get(id(y), (None, -1))
+            # Written in place, the same tensor is another output.
+            if before is not None and before() is y and version == y._version:
+                return
+            seen[id(y)] = weakref.ref(y), y._version
             see(name, module, y if given is None else given, y)
 
         return after
 
-    handles = [
-        module.register_forward_hook(hook(name), with_kwargs=True)
-        for name, module in model.named_modules()
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            if only is None or only(name, module):
+                handle = module.register_forward_hook(hook(name), with_kwargs=True)
+                stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

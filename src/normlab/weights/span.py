@@ -75,7 +75,9 @@ def orthogonal_component(layer: nn.Module, inputs: Tensor) -> Tensor:
         weight = cast(Tensor, layer.weight).detach()
         rows = units.rows(weight, units.layout(layer)).double()
         rows = rows.reshape(len(x), -1, x.shape[-1])
-        _, values, directions = torch.linalg.svd(x.double(), full_matrices=False)
+        # R has the singular values and directions of x, and few rows.
+        triangle = torch.linalg.qr(x.double(), mode="r").R
+        _, values, directions = torch.linalg.svd(triangle, full_matrices=False)
         spanned = values > rounding * values.amax(-1, keepdim=True)
         directions = directions * spanned.unsqueeze(-1)
         component: Tensor = (rows - rows @ directions.mT @ directions).flatten(0, 1)
