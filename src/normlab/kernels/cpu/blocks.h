@@ -49,6 +49,7 @@ constexpr i64 BLOCK = 4 << 20;  // bytes that stay in a shared cache between two
 constexpr i64 RUN = 32 << 10;   // bytes of a run that a prefetcher can follow
 // Bytes read before they are written: no more, so that reading and writing memory overlap.
 constexpr i64 NEAR = 4096;
+constexpr i64 KEPT = 1 << 16;   // slopes of a block that are kept between two passes
 
 // Channels taken together, so that a block stays in cache between two passes.
 template <class T> i64 block_channels(const Shape &s) {
@@ -69,15 +70,18 @@ template <class R> struct Room {
   R *lanes;           // sums in R
   double *s[3];       // sums of each run or channel, one kind after the other
   double *mean, *moment, *inverse; // of each area
+  R *kept = nullptr;               // slopes of each element, if there is room for any
 
-  Room(i64 channels, i64 sums) : padded((channels + LANES<R> - 1) / LANES<R> * LANES<R>) {
+  Room(i64 channels, i64 sums, i64 slopes = 0)
+      : padded((channels + LANES<R> - 1) / LANES<R> * LANES<R>) {
     constexpr i64 line = 64 / i64(sizeof(R)); // vectors that cross lines of the cache are slow
-    short_.resize(10 * padded + sums + line);
+    short_.resize(10 * padded + sums + 2 * line + slopes);
     long_.resize(8 * channels);
     auto address = reinterpret_cast<std::uintptr_t>(short_.data());
     R *next = short_.data() + (64 - address % 64) % 64 / sizeof(R);
     for (R **p : {&l.mu, &l.a, &l.b, &l.tau, &l.p1, &l.mub, &l.k, &l.h, &shift, &origin, &lanes})
       *p = next, next += padded;
+    if (slopes) kept = lanes + (sums + line - 1) / line * line;
     double *from = long_.data();
     for (double **p : {&s[0], &s[1], &s[2], &mean, &moment, &inverse, &weighted[0], &weighted[1]})
       *p = from, from += channels;

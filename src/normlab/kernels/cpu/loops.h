@@ -2,7 +2,8 @@
 // contiguous channels, a line each, with a stride from row to row. All are
 //   z = x - mu,  u = z a + b + r,  y = act(u),  g = dL/du,  dx = g p1 - (x - mub) k - h,  dr = g,
 // r only where the activation says so; then it lies as y does.
-// Sums are added to vectors of lanes in R; who calls keeps them short.
+// Sums are added to vectors of lanes in R; who calls keeps them short. Where a slope is dear, g is
+// left in `kept`, unless that is null, for the pass that writes dx.
 
 #pragma once
 
@@ -50,7 +51,7 @@ inline void run_apply(const T *x, const T *r, T *y, i64 n, const Lines<R> &l, i6
 
 // Sums of g, g z, and of dy where the threshold holds.
 template <int A, class T, class R>
-inline void run_sums(const T *x, const T *dy, const T *r, i64 n, const Lines<R> &l, i64 c,
+inline void run_sums(const T *x, const T *dy, const T *r, R *kept, i64 n, const Lines<R> &l, i64 c,
                      R *sums) {
   const V<R> mu = all<R>(l.mu[c]), a = all<R>(l.a[c]), b = all<R>(l.b[c]), tau = all<R>(l.tau[c]);
   V<R> s0 = take<R>(sums), s1 = take<R>(sums + LANES<R>), s2 = take<R>(sums + 2 * LANES<R>);
@@ -58,6 +59,7 @@ inline void run_sums(const T *x, const T *dy, const T *r, i64 n, const Lines<R> 
     V<R> z = at.read(x + i, mu) - mu, d = at.read(dy + i, V<R>{}), u = z * a + b;
     if (added(A)) u += at.read(r + i, V<R>{});
     V<R> g = slope<A, V<R>>(u, tau, d);
+    if (dear(A) && kept) at.write(kept + i, g);
     s0 += g, s1 += g * z;
     if (plain(A) == TLU) s2 += d - g;
   });
@@ -65,14 +67,19 @@ inline void run_sums(const T *x, const T *dy, const T *r, i64 n, const Lines<R> 
 }
 
 template <int A, class T, class R>
-inline void run_gradient(const T *x, const T *dy, const T *r, T *dx, T *dr, i64 n,
+inline void run_gradient(const T *x, const T *dy, const T *r, const R *kept, T *dx, T *dr, i64 n,
                          const Lines<R> &l, i64 c) {
   const V<R> mu = all<R>(l.mu[c]), a = all<R>(l.a[c]), b = all<R>(l.b[c]), tau = all<R>(l.tau[c]);
   const V<R> p1 = all<R>(l.p1[c]), mub = all<R>(l.mub[c]), k = all<R>(l.k[c]), h = all<R>(l.h[c]);
   sweep<R>(n, [&](i64 i, auto at) {
-    V<R> v = at.read(x + i, mu), u = (v - mu) * a + b;
-    if (added(A)) u += at.read(r + i, V<R>{});
-    V<R> g = slope<A, V<R>>(u, tau, at.read(dy + i, V<R>{}));
+    V<R> v = at.read(x + i, mu), g;
+    if (dear(A) && kept) {
+      g = at.read(kept + i, V<R>{});
+    } else {
+      V<R> u = (v - mu) * a + b;
+      if (added(A)) u += at.read(r + i, V<R>{});
+      g = slope<A, V<R>>(u, tau, at.read(dy + i, V<R>{}));
+    }
     if (added(A) && dr) at.write(dr + i, g);
     // Where nothing flows through M, what x holds does not matter, be it NaN.
     at.write(dx + i, g * p1 - (k != V<R>{} ? (v - mub) * k : V<R>{}) - h);
@@ -90,12 +97,16 @@ template <class T, class F> inline void row_by_row(i64 rows, i64 c, F f) {
   for (; r < rows; r++) f(r, std::integral_constant<int, 1>{});
 }
 
+// Bytes ahead that are asked for: what is stored between reads hides from prefetchers where they go.
+constexpr i64 AHEAD = 16 << 10;
+
 template <class T, class R>
 inline void matrix_moments(const T *x, i64 xp, i64 rows, i64 c, const R *shift, R *s0, R *s1) {
   row_by_row<T>(rows, c, [&](i64 r, auto count) {
     sweep<R>(c, [&](i64 j, auto at) {
       V<R> k = take<R>(shift + j), s = take<R>(s0 + j), q = take<R>(s1 + j);
       for (int i = 0; i < count; i++) {
+        soon(x + (r + i) * xp + j + AHEAD / i64(sizeof(T)));
         V<R> z = at.read(x + (r + i) * xp + j, k) - k;
         s += z, q += z * z;
       }
@@ -121,8 +132,8 @@ inline void matrix_apply(const T *x, i64 xp, const T *more, T *y, i64 yp, i64 ro
 }
 
 template <int A, class T, class R>
-inline void matrix_sums(const T *x, i64 xp, const T *dy, i64 gp, const T *more, i64 yp, i64 rows,
-                        i64 c, Lines<R> l, R *s0, R *s1, R *s2) {
+inline void matrix_sums(const T *x, i64 xp, const T *dy, i64 gp, const T *more, i64 yp, R *kept,
+                        i64 rows, i64 c, Lines<R> l, R *s0, R *s1, R *s2) {
   row_by_row<T>(rows, c, [&](i64 r, auto count) {
     sweep<R>(c, [&](i64 j, auto at) {
       V<R> mu = take<R>(l.mu + j), a = take<R>(l.a + j), b = take<R>(l.b + j);
@@ -133,6 +144,7 @@ inline void matrix_sums(const T *x, i64 xp, const T *dy, i64 gp, const T *more, 
         V<R> u = z * a + b;
         if (added(A)) u += at.read(more + (r + i) * yp + j, V<R>{});
         V<R> g = slope<A, V<R>>(u, tau, d);
+        if (dear(A) && kept) at.write(kept + (r + i) * c + j, g);
         sg += g, sz += g * z;
         if (plain(A) == TLU) st += d - g;
       }
@@ -143,18 +155,22 @@ inline void matrix_sums(const T *x, i64 xp, const T *dy, i64 gp, const T *more, 
 }
 
 template <int A, class T, class R>
-inline void matrix_gradient(const T *x, i64 xp, const T *dy, i64 gp, const T *more, T *dx, T *dr,
-                            i64 yp, i64 rows, i64 c, Lines<R> l) {
+inline void matrix_gradient(const T *x, i64 xp, const T *dy, i64 gp, const T *more, const R *kept,
+                            T *dx, T *dr, i64 yp, i64 rows, i64 c, Lines<R> l) {
   row_by_row<T>(rows, c, [&](i64 r, auto count) {
     sweep<R>(c, [&](i64 j, auto at) {
       V<R> mu = take<R>(l.mu + j), a = take<R>(l.a + j), b = take<R>(l.b + j);
       V<R> tau = take<R>(l.tau + j), p1 = take<R>(l.p1 + j), mub = take<R>(l.mub + j);
       V<R> k = take<R>(l.k + j), h = take<R>(l.h + j);
       for (int i = 0; i < count; i++) {
-        V<R> v = at.read(x + (r + i) * xp + j, mu), d = at.read(dy + (r + i) * gp + j, V<R>{});
-        V<R> u = (v - mu) * a + b;
-        if (added(A)) u += at.read(more + (r + i) * yp + j, V<R>{});
-        V<R> g = slope<A, V<R>>(u, tau, d);
+        V<R> v = at.read(x + (r + i) * xp + j, mu), g;
+        if (dear(A) && kept) {
+          g = at.read(kept + (r + i) * c + j, V<R>{});
+        } else {
+          V<R> u = (v - mu) * a + b;
+          if (added(A)) u += at.read(more + (r + i) * yp + j, V<R>{});
+          g = slope<A, V<R>>(u, tau, at.read(dy + (r + i) * gp + j, V<R>{}));
+        }
         if (added(A) && dr) at.write(dr + (r + i) * yp + j, g);
         V<R> dv = g * p1 - (k != V<R>{} ? (v - mub) * k : V<R>{}) - h;
         at.write(dx + (r + i) * yp + j, dv);

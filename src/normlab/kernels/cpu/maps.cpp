@@ -12,79 +12,51 @@
 
 namespace {
 
-// exp(-|u|), of which both sigmoid(u) and 1 - sigmoid(u) are made without cancellation; 0 where it is
-// under 2^-126, as for infinite u: what it is multiplied by may be as large as floats are. NaN for
-// NaN. Errors of 1e-7 of the larger of the two.
-inline float decay(float u) {
-  float t = u * 1.44269504088896341f;
-  std::uint32_t bits;
-  std::memcpy(&bits, &t, 4);
-  // -|t| on the bits, of which those of NaN are over those of infinity: compilers make branches of a
-  // comparison, and copies of what follows.
-  bits |= 0x80000000u;
-  std::uint32_t nan = std::uint32_t(std::int32_t(0xff800000u - bits) >> 31);
-  bits = std::min(bits, 0xc2fe0000u); // -127, where the power of two below becomes 0
-  std::memcpy(&t, &bits, 4);
-  // As in exp_ of common.h, but to base two: what is left of t is exact.
-  float shifted = t + 12582912.0f;
-  float r = t - (shifted - 12582912.0f);
-  float p = 1.326473663e-3f;
-  p = p * r + 9.671516716e-3f;
-  p = p * r + 5.550733581e-2f;
-  p = p * r + 2.402224243e-1f;
-  p = p * r + 6.931470037e-1f;
-  p = p * r + 1.0f;
-  std::memcpy(&bits, &shifted, 4);
-  bits = (bits + 127u) << 23 | nan;
-  std::memcpy(&t, &bits, 4);
-  return p * t;
-}
-inline double decay(double u) { return std::exp(-std::abs(u)); }
+// The numbers of a map, alike in all lanes, or of the maps of a vector of channels.
+template <class X> struct Coefficients {
+  X mu, a, b, v, d, s;
+};
 
-// Curves. `slope` is what one element, with g = dL/dy, adds to the gradient of x (0) or of
-// coefficient 1 to 5: a, b, v, d, s. Scalars in and out, one result each, so that loops vectorize;
-// compilers share what several results have in common.
+// Curves. `slopes` leaves what one element, with g = dL/dy, adds to the gradient of x (0) or of
+// coefficient 1 to 5: a, b, v, d, s. X is a vector of elements.
 
 // y = (x - mu) a + b
 struct Line {
   static constexpr int coefficients = 2;
-  template <class R> static R value(R x, R mu, R a, R b, R, R, R) { return (x - mu) * a + b; }
-  template <int I, class R> static R slope(R x, R mu, R g, R a, R, R, R, R) {
-    return I == 0 ? g * a : I == 1 ? g * (x - mu) : g;
+  template <class X> static X value(X x, const Coefficients<X> &q) { return (x - q.mu) * q.a + q.b; }
+  template <class X> static void slopes(X x, X g, const Coefficients<X> &q, X *to) {
+    to[0] = g * q.a, to[1] = g * (x - q.mu), to[2] = g;
   }
 };
 
 // y = x sigmoid(v x) a + b
 struct Gated {
   static constexpr int coefficients = 3;
-  template <class R> static R value(R x, R, R a, R b, R v, R, R) {
-    R u = v * x, e = decay(u);
-    return x * ((u > R(0) ? R(1) : e) / (R(1) + e)) * a + b;
+  template <class X> static X value(X x, const Coefficients<X> &q) {
+    return x / over_sigmoid<X>(q.v * x) * q.a + q.b;
   }
-  template <int I, class R> static R slope(R x, R, R g, R a, R, R v, R, R) {
-    if (I == 2) return g;
-    R u = v * x, e = decay(u), larger = R(1) / (R(1) + e), smaller = e * larger;
-    R gate = u > R(0) ? larger : smaller, open = x * gate;
-    if (I == 1) return g * open;
-    R inside = g * a * open * (u > R(0) ? smaller : larger); // of v x
-    return I == 0 ? g * a * gate + inside * v : inside * x;
+  template <class X> static void slopes(X x, X g, const Coefficients<X> &q, X *to) {
+    const X zero{};
+    X u = q.v * x, e = exp_(-u), gate = 1.0f / (1.0f + e), open = x * gate, through = g * q.a;
+    X shut = u > zero ? e * gate : 1.0f - gate; // neither cancels, nor is infinite times 0
+    X inside = through * open * shut;           // of v x
+    to[0] = through * gate + inside * q.v, to[1] = g * open, to[2] = g, to[3] = inside * x;
   }
 };
 
 // y = x / max(d, v x + s) a + b; a tie belongs half to each side, and NaN wins, as torch has it
 struct Larger {
   static constexpr int coefficients = 5;
-  template <class R> static R larger(R line, R d) { return line > d || line != line ? line : d; }
-  template <class R> static R value(R x, R, R a, R b, R v, R d, R s) {
-    return x / larger(v * x + s, d) * a + b;
+  template <class X> static X larger(X line, X d) { return (line > d) | (line != line) ? line : d; }
+  template <class X> static X value(X x, const Coefficients<X> &q) {
+    return x / larger<X>(q.v * x + q.s, q.d) * q.a + q.b;
   }
-  template <int I, class R> static R slope(R x, R, R g, R a, R, R v, R d, R s) {
-    if (I == 2) return g;
-    R line = v * x + s, inverse = R(1) / larger(line, d), ratio = x * inverse;
-    if (I == 1) return g * ratio;
-    R direct = g * a * inverse, below = -direct * ratio;
-    R over = line > d || line != line ? below : line == d ? below * R(0.5) : R(0);
-    return I == 0 ? direct + over * v : I == 3 ? over * x : I == 4 ? below - over : over;
+  template <class X> static void slopes(X x, X g, const Coefficients<X> &q, X *to) {
+    X line = q.v * x + q.s, inverse = 1.0f / larger<X>(line, q.d), ratio = x * inverse;
+    X direct = g * q.a * inverse, below = -direct * ratio, zero{};
+    X over = (line > q.d) | (line != line) ? below : line == q.d ? below * 0.5f : zero;
+    to[0] = direct + over * q.v, to[1] = g * ratio, to[2] = g;
+    to[3] = over * x, to[4] = below - over, to[5] = over;
   }
 };
 
@@ -121,14 +93,21 @@ template <class T, class R> struct Job {
   }
 };
 
-template <class F, int I, class R> inline R number(const R *q, i64 j) {
-  if constexpr (I <= F::coefficients) return q[j];
-  else return R(0);
+// The coefficients of the vector of maps that `at` reads from map j on, or of map j for all lanes.
+template <class F, class R, class Read>
+inline Coefficients<V<R>> gathered(const Numbers<R> &of, Read read) {
+  constexpr int K = F::coefficients;
+  const V<R> zero{};
+  return {read(of.mean), read(of.a), read(of.b), K > 2 ? read(of.v) : zero,
+          K > 3 ? read(of.d) : zero, K > 3 ? read(of.s) : zero};
 }
-
-// The coefficients of map j of those that are in scope.
-#define COEFFICIENTS(j) \
-  number<F, 1>(a, j), number<F, 2>(b, j), number<F, 3>(v, j), number<F, 4>(d, j), number<F, 5>(s, j)
+template <class F, class R> inline Coefficients<V<R>> same(const Numbers<R> &of) {
+  return gathered<F>(of, [](const R *q) { return all<R>(*q); });
+}
+template <class F, class R, class At>
+inline Coefficients<V<R>> each(const Numbers<R> &of, i64 j, At at) {
+  return gathered<F>(of, [&](const R *q) { return at.read(q + j, V<R>{}); });
+}
 
 constexpr i64 CHUNK = 4096; // elements of a row, and
 constexpr i64 STEP = 128;   // rows of a column, that are summed in R before sums go to double
@@ -136,59 +115,51 @@ constexpr i64 STEP = 128;   // rows of a column, that are summed in R before sum
 // --- rows: a map is P contiguous elements ----------------------------------------------------------
 
 template <class F, class T, class R> void apply_row(const T *x, T *y, i64 p, const Numbers<R> &of) {
-  const R mu = of.mean[0], a = of.a[0], b = of.b[0], v = number<F, 3>(of.v, 0);
-  const R d = number<F, 4>(of.d, 0), s = number<F, 5>(of.s, 0);
-#pragma omp simd
-  for (i64 i = 0; i < p; i++) store(y, i, F::value(R(load(x, i)), mu, a, b, v, d, s));
+  const Coefficients<V<R>> q = same<F>(of);
+  sweep<R>(p, [&](i64 i, auto at) { at.write(y + i, F::value(at.read(x + i, V<R>{}), q)); });
 }
 
 // Adds to `sums`; leaves the gradient that flows to x directly in `own`, if given.
 template <class F, bool keep, class T, class R>
 void sum_row(const T *x, const T *dy, i64 p, const Numbers<R> &of, double *sums, R *own) {
-  const R mu = of.mean[0], a = of.a[0], b = of.b[0], v = number<F, 3>(of.v, 0);
-  const R d = number<F, 4>(of.d, 0), s = number<F, 5>(of.s, 0);
+  constexpr int K = F::coefficients;
+  const Coefficients<V<R>> q = same<F>(of);
   for (i64 first = 0; first < p; first += CHUNK) {
-    i64 last = std::min(first + CHUNK, p);
-    R s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0;
-#pragma omp simd reduction(+ : s1, s2, s3, s4, s5)
-    for (i64 i = first; i < last; i++) {
-      R e = load(x, i), g = load(dy, i);
-      s1 += F::template slope<1>(e, mu, g, a, b, v, d, s);
-      s2 += F::template slope<2>(e, mu, g, a, b, v, d, s);
-      if constexpr (F::coefficients > 2) s3 += F::template slope<3>(e, mu, g, a, b, v, d, s);
-      if constexpr (F::coefficients > 3) s4 += F::template slope<4>(e, mu, g, a, b, v, d, s);
-      if constexpr (F::coefficients > 3) s5 += F::template slope<5>(e, mu, g, a, b, v, d, s);
-      if constexpr (keep) own[i] = F::template slope<0>(e, mu, g, a, b, v, d, s);
-    }
-    const R found[] = {s1, s2, s3, s4, s5};
-    for (int j = 0; j < F::coefficients; j++) sums[j] += double(found[j]);
+    V<R> s[K] = {}, one[K + 1];
+    sweep<R>(std::min(CHUNK, p - first), [&](i64 i, auto at) {
+      F::slopes(at.read(x + first + i, V<R>{}), at.read(dy + first + i, V<R>{}), q, one);
+      for (int j = 0; j < K; j++) s[j] += at.live(one[j + 1]);
+      if (keep) at.write(own + first + i, one[0]);
+    });
+    for (int j = 0; j < K; j++) sums[j] += total<R>(s[j]);
   }
 }
 
 // What flows through the moments; where nothing does, what x holds does not matter, be it NaN.
-template <class R> inline R through(R x, R mu, R k, R h) {
-  return (k != R(0) ? (x - mu) * k : R(0)) + h;
+template <class X> inline X through(X x, X mu, X k, X h) {
+  const X zero{};
+  return (k != zero ? (x - mu) * k : zero) + h;
 }
 
 template <class F, class T, class R>
 void gradient_row(const T *x, const T *dy, T *dx, i64 p, const Numbers<R> &of) {
-  const R mu = of.mean[0], a = of.a[0], b = of.b[0], v = number<F, 3>(of.v, 0);
-  const R d = number<F, 4>(of.d, 0), s = number<F, 5>(of.s, 0), k = of.k[0], h = of.h[0];
-#pragma omp simd
-  for (i64 i = 0; i < p; i++) {
-    R e = load(x, i);
-    store(dx, i, F::template slope<0>(e, mu, R(load(dy, i)), a, b, v, d, s) + through(e, mu, k, h));
-  }
+  const Coefficients<V<R>> q = same<F>(of);
+  const V<R> k = all<R>(of.k[0]), h = all<R>(of.h[0]);
+  sweep<R>(p, [&](i64 i, auto at) {
+    V<R> e = at.read(x + i, V<R>{}), one[F::coefficients + 1];
+    F::slopes(e, at.read(dy + i, V<R>{}), q, one);
+    at.write(dx + i, one[0] + through<V<R>>(e, q.mu, k, h));
+  });
 }
 
 // --- columns: a sample is P rows of C contiguous channels ------------------------------------------
 
 template <class F, class T, class R>
 void apply_columns(const T *x, i64 xp, T *y, i64 yp, i64 rows, i64 c, const Numbers<R> &of) {
-  const R *mu = of.mean, *a = of.a, *b = of.b, *v = of.v, *d = of.d, *s = of.s;
   for (i64 r = 0; r < rows; r++, x += xp, y += yp)
-#pragma omp simd
-    for (i64 j = 0; j < c; j++) store(y, j, F::value(R(load(x, j)), mu[j], COEFFICIENTS(j)));
+    sweep<R>(c, [&](i64 j, auto at) {
+      at.write(y + j, F::value(at.read(x + j, V<R>{}), each<F>(of, j, at)));
+    });
 }
 
 // Adds to `sums`, C for each coefficient, by way of as many in `work`.
@@ -196,28 +167,20 @@ template <class F, bool keep, class T, class R>
 void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const Numbers<R> &of,
                  double *sums, R *work, R *own) {
   constexpr int K = F::coefficients;
-  const R *mu = of.mean, *a = of.a, *b = of.b, *v = of.v, *d = of.d, *s = of.s;
-  R *s1 = work, *s2 = work + c, *s3 = K > 2 ? s2 + c : s2, *s4 = K > 3 ? s3 + c : s2;
-  R *s5 = K > 3 ? s4 + c : s2;
   for (i64 first = 0; first < rows; first += STEP) {
     i64 last = std::min(first + STEP, rows);
     std::fill(work, work + K * c, R(0));
     for (i64 r = first; r < last; r++, x += xp, dy += gp, own += keep ? c : 0)
-#pragma omp simd
-      for (i64 j = 0; j < c; j++) {
-        R e = load(x, j), g = load(dy, j);
-        // All before anything is stored, which might for all that compilers know change the rest.
-        R d1 = F::template slope<1>(e, mu[j], g, COEFFICIENTS(j));
-        R d2 = F::template slope<2>(e, mu[j], g, COEFFICIENTS(j));
-        R d3 = K > 2 ? F::template slope<3>(e, mu[j], g, COEFFICIENTS(j)) : R(0);
-        R d4 = K > 3 ? F::template slope<4>(e, mu[j], g, COEFFICIENTS(j)) : R(0);
-        R d5 = K > 3 ? F::template slope<5>(e, mu[j], g, COEFFICIENTS(j)) : R(0);
-        R d0 = keep ? F::template slope<0>(e, mu[j], g, COEFFICIENTS(j)) : R(0);
-        s1[j] += d1, s2[j] += d2;
-        if constexpr (K > 2) s3[j] += d3;
-        if constexpr (K > 3) s4[j] += d4, s5[j] += d5;
-        if constexpr (keep) own[j] = d0;
-      }
+      sweep<R>(c, [&](i64 j, auto at) {
+        const V<R> zero{};
+        V<R> one[K + 1];
+        F::slopes(at.read(x + j, zero), at.read(dy + j, zero), each<F>(of, j, at), one);
+        for (int i = 0; i < K; i++) {
+          R *sum = work + i * c + j;
+          at.write(sum, at.read(sum, zero) + one[i + 1]);
+        }
+        if (keep) at.write(own + j, one[0]);
+      });
     for (i64 j = 0; j < K * c; j++) sums[j] += double(work[j]);
   }
 }
@@ -225,15 +188,14 @@ void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const
 template <class F, class T, class R>
 void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i64 rows, i64 c,
                       const Numbers<R> &of) {
-  const R *mu = of.mean, *a = of.a, *b = of.b, *v = of.v, *d = of.d, *s = of.s;
-  const R *k = of.k, *h = of.h;
   for (i64 r = 0; r < rows; r++, x += xp, dy += gp, dx += yp)
-#pragma omp simd
-    for (i64 j = 0; j < c; j++) {
-      R e = load(x, j), g = load(dy, j);
-      R direct = F::template slope<0>(e, mu[j], g, COEFFICIENTS(j));
-      store(dx, j, direct + through(e, mu[j], k[j], h[j]));
-    }
+    sweep<R>(c, [&](i64 j, auto at) {
+      const Coefficients<V<R>> q = each<F>(of, j, at);
+      V<R> e = at.read(x + j, V<R>{}), one[F::coefficients + 1];
+      V<R> k = at.read(of.k + j, V<R>{}), h = at.read(of.h + j, V<R>{});
+      F::slopes(e, at.read(dy + j, V<R>{}), q, one);
+      at.write(dx + j, one[0] + through<V<R>>(e, q.mu, k, h));
+    });
 }
 
 // --- passes ----------------------------------------------------------------------------------------
@@ -355,16 +317,19 @@ template <class F, class T, class R> void local(const Job<T, R> &job, bool colum
     const R *h = of.h;
     if (columns)
       for (i64 r = 0; r < job.p; r++, x += xs.p, dx += ys.p, direct += job.c)
-#pragma omp simd
-        for (i64 j = 0; j < job.c; j++)
-          store(dx, j, direct[j] + (R(load(x, j)) - h[j]) * through[j]);
+        sweep<R>(job.c, [&](i64 j, auto at) {
+          const V<R> zero{};
+          V<R> z = at.read(x + j, zero) - at.read(h + j, zero);
+          at.write(dx + j, at.read(direct + j, zero) + z * at.read(through + j, zero));
+        });
     else
       for (i64 c = 0; c < bc; c++, direct += job.p) {
         const T *from = x + (c0 + c) * xs.c;
         T *to = dx + (c0 + c) * ys.c;
-        const R centre = h[c], k = through[c];
-#pragma omp simd
-        for (i64 i = 0; i < job.p; i++) store(to, i, direct[i] + (R(load(from, i)) - centre) * k);
+        const V<R> centre = all<R>(h[c]), k = all<R>(through[c]), zero{};
+        sweep<R>(job.p, [&](i64 i, auto at) {
+          at.write(to + i, at.read(direct + i, zero) + (at.read(from + i, zero) - centre) * k);
+        });
       }
   }
 }

@@ -75,6 +75,12 @@ struct Plan {
   i64 width, blocks, stripes, bundles;
 };
 
+// Elements of a block whose slopes are kept: all, of one sample, where that is not too much.
+inline i64 slopes_kept(const Shape &s, i64 channels) {
+  const i64 size = channels * s.p;
+  return s.bn == 1 && size <= KEPT ? size : 0;
+}
+
 template <class T> Plan plan_rows(const Shape &s) {
   i64 width = block_channels<T>(s), blocks = (s.c + width - 1) / width;
   i64 bundles = std::min(s.n / s.bn, TASKS);
@@ -82,12 +88,14 @@ template <class T> Plan plan_rows(const Shape &s) {
 }
 
 // f(bundle, n0, c0, width, room) for all blocks, those of one bundle of samples in order.
-template <class T, class R, class F> void blocks_of_rows(const Shape &s, int kinds, F f) {
+template <class T, class R, class F>
+void blocks_of_rows(const Shape &s, int kinds, bool keep, F f) {
   const Plan plan = plan_rows<T>(s);
   const i64 outer = s.n / s.bn;
   std::vector<Room<R>> rooms;
   for (int i = 0; i < omp_get_max_threads(); i++)
-    rooms.emplace_back(plan.width, plan.width * kinds * LANES<R>);
+    rooms.emplace_back(plan.width, plan.width * kinds * LANES<R>,
+                       keep ? slopes_kept(s, plan.width) : 0);
 #pragma omp parallel for schedule(static)
   for (i64 task = 0; task < plan.bundles * plan.stripes; task++) {
     const i64 bundle = task / plan.stripes, stripe = task % plan.stripes;
@@ -105,7 +113,7 @@ template <class T, class R, class F> void blocks_of_rows(const Shape &s, int kin
 template <int A, class T, class R>
 void forward_rows(const Job<T, R> &job, T *y, bool measure) {
   const Shape &s = job.s;
-  blocks_of_rows<T, R>(s, 2, [&](i64, i64 n0, i64 c0, i64 width, Room<R> &room) {
+  blocks_of_rows<T, R>(s, 2, false, [&](i64, i64 n0, i64 c0, i64 width, Room<R> &room) {
     const i64 first = s.area(n0, c0), areas = width / s.bc;
     if (measure) measure_rows(job, n0, c0, width, first, room);
     else given(job, first, areas, room);
@@ -123,13 +131,14 @@ void forward_rows(const Job<T, R> &job, T *y, bool measure) {
 template <int A, class T, class R>
 void backward_rows(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) {
   const Shape &s = job.s;
-  blocks_of_rows<T, R>(s, 3, [&](i64 bundle, i64 n0, i64 c0, i64 width, Room<R> &room) {
+  blocks_of_rows<T, R>(s, 3, dear(A), [&](i64 bundle, i64 n0, i64 c0, i64 width, Room<R> &room) {
     const i64 first = s.area(n0, c0), areas = width / s.bc;
     given(job, first, areas, room);
     lines(job, c0, areas, room);
     walk_rows(s, n0, width, 1, room, 3, [&](i64 j, i64 n, i64 from, i64 count, R *lanes) {
       run_sums<A, T, R>(job.x + job.xs.row(n, c0 + j) + from, dy + job.gs.row(n, c0 + j) + from,
-                        along<A>(job.r, job.ys.row(n, c0 + j) + from), count, room.l, j, lanes);
+                        along<A>(job.r, job.ys.row(n, c0 + j) + from),
+                        room.kept ? room.kept + j * s.p + from : nullptr, count, room.l, j, lanes);
     });
     slopes(job, c0, areas, first, room);
     totals.add(bundle, c0, width, room.s);
@@ -138,7 +147,8 @@ void backward_rows(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) {
       for (i64 j = 0; j < width; j++) {
         const i64 at = job.ys.row(n, c0 + j);
         run_gradient<A, T, R>(job.x + job.xs.row(n, c0 + j), dy + job.gs.row(n, c0 + j),
-                              along<A>(job.r, at), dx + at, along<A>(job.dr, at), s.p, room.l, j);
+                              along<A>(job.r, at), room.kept ? room.kept + j * s.p : nullptr,
+                              dx + at, along<A>(job.dr, at), s.p, room.l, j);
       }
   });
 }
@@ -199,8 +209,8 @@ void sums_columns(const Job<T, R> &job, const T *dy, i64 n0, i64 first, i64 rows
   walk_columns(rows, s.c, room, 3, sums, [&](i64 from, i64 count) {
     runs(s, joined, n0, first + from, count, [&](i64 n, i64 p, i64 k) {
       matrix_sums<A, T, R>(job.x + job.xs.column(n, p), job.xs.p, dy + job.gs.column(n, p),
-                           job.gs.p, along<A>(job.r, job.ys.column(n, p)), job.ys.p, k, s.c, l, s0,
-                           s1, s2);
+                           job.gs.p, along<A>(job.r, job.ys.column(n, p)), job.ys.p,
+                           room.kept ? room.kept + p * s.c : nullptr, k, s.c, l, s0, s1, s2);
     });
   });
 }
@@ -217,14 +227,14 @@ void apply_columns(const Job<T, R> &job, T *y, i64 n0, i64 first, i64 rows, cons
 
 template <int A, class T, class R>
 void gradient_columns(const Job<T, R> &job, const T *dy, T *dx, i64 n0, i64 first, i64 rows,
-                      const Lines<R> &l) {
+                      const Lines<R> &l, const R *kept = nullptr) {
   const Shape &s = job.s;
   const bool joined = whole(s, job.xs) && whole(s, job.gs) && whole(s, job.ys);
   runs(s, joined, n0, first, rows, [&](i64 n, i64 p, i64 k) {
     const i64 at = job.ys.column(n, p);
     matrix_gradient<A, T, R>(job.x + job.xs.column(n, p), job.xs.p, dy + job.gs.column(n, p),
-                             job.gs.p, along<A>(job.r, at), dx + at, along<A>(job.dr, at),
-                             job.ys.p, k, s.c, l);
+                             job.gs.p, along<A>(job.r, at), kept ? kept + p * s.c : nullptr,
+                             dx + at, along<A>(job.dr, at), job.ys.p, k, s.c, l);
   });
 }
 
@@ -246,16 +256,18 @@ struct Pieces {
   i64 count(i64 i) const { return from(i + 1) - from(i); }
 };
 
-template <class R> std::vector<Room<R>> rooms_of_columns(const Shape &s, int kinds) {
+template <class R>
+std::vector<Room<R>> rooms_of_columns(const Shape &s, int kinds, bool keep = false) {
   std::vector<Room<R>> rooms;
   for (int i = 0; i < omp_get_max_threads(); i++)
-    rooms.emplace_back(s.c, kinds * (s.c + LANES<R>));
+    rooms.emplace_back(s.c, kinds * (s.c + LANES<R>), keep ? slopes_kept(s, s.c) : 0);
   return rooms;
 }
 
 // f(bundle, n, room) for all samples.
-template <class R, class F> void samples_of_columns(const Shape &s, int kinds, F f) {
-  auto rooms = rooms_of_columns<R>(s, kinds);
+template <class R, class F>
+void samples_of_columns(const Shape &s, int kinds, bool keep, F f) {
+  auto rooms = rooms_of_columns<R>(s, kinds, keep);
   const i64 bundles = std::min(s.n, TASKS);
 #pragma omp parallel for schedule(static)
   for (i64 bundle = 0; bundle < bundles; bundle++)
@@ -281,7 +293,7 @@ void forward_columns(const Job<T, R> &job, T *y, bool measure) {
   const Shape &s = job.s;
   const i64 c = s.c, groups = s.groups();
   if (s.bn == 1) {
-    samples_of_columns<R>(s, 2, [&](i64, i64 n, Room<R> &room) {
+    samples_of_columns<R>(s, 2, false, [&](i64, i64 n, Room<R> &room) {
       if (measure) {
         shifts(job, n, room);
         for (bool again = true, second = false; again; second = true) {
@@ -331,13 +343,13 @@ void backward_columns(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) 
   const Shape &s = job.s;
   const i64 c = s.c, groups = s.groups();
   if (s.bn == 1) {
-    samples_of_columns<R>(s, 3, [&](i64 bundle, i64 n, Room<R> &room) {
+    samples_of_columns<R>(s, 3, dear(A), [&](i64 bundle, i64 n, Room<R> &room) {
       given(job, n * groups, groups, room);
       lines(job, 0, groups, room);
       sums_columns<A>(job, dy, n, 0, s.p, room, room.l, room.s[0]);
       slopes(job, 0, groups, n * groups, room);
       totals.add(bundle, 0, c, room.s);
-      if (dx) gradient_columns<A>(job, dy, dx, n, 0, s.p, room.l);
+      if (dx) gradient_columns<A>(job, dy, dx, n, 0, s.p, room.l, room.kept);
     });
     return;
   }

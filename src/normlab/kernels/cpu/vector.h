@@ -121,10 +121,20 @@ template <class R> inline float take(const bf16 *p) { return load(p, 0); }
 template <class R> inline void put(bf16 *p, float v) { store(p, 0, v); }
 #endif
 
+// Asks for the line of memory at p, or for nothing where there is no such memory.
+inline void soon(const void *p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#else
+  (void)p;
+#endif
+}
+
 // A vector of elements in memory.
 template <class R> struct Whole {
   template <class T> V<R> read(const T *p, V<R>) const { return take<R>(p); }
   template <class T> void write(T *p, V<R> v) const { put<R>(p, v); }
+  V<R> live(V<R> v) const { return v; }
 };
 
 // The first `count` elements of a vector; the other lanes have the value `rest`.
@@ -140,6 +150,12 @@ template <class R> struct Part {
     R lane[LANES<R>];
     std::memcpy(lane, &v, sizeof v);
     for (i64 i = 0; i < count; i++) store(p, i, lane[i]);
+  }
+  // 0 in the other lanes.
+  V<R> live(V<R> v) const {
+    R lane[LANES<R>] = {};
+    std::memcpy(lane, &v, std::size_t(count) * sizeof(R));
+    return take<R>(lane);
   }
 #if NORMLAB_MASKS
   unsigned mask() const { return (1u << count) - 1; }
