@@ -67,7 +67,7 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
   T *y = room<T>(r, size), *dx = room<T>(r, size);
   R *gamma = room<R>(r, k.c), *beta = room<R>(r, k.c), *tau = room<R>(r, k.c);
   R *mean = room<R>(r, areas), *moment = room<R>(r, areas, true);
-  double *s0 = room<double>(r, k.c), *s1 = room<double>(r, k.c), *s2 = room<double>(r, k.c);
+  R *s0 = room<R>(r, k.c), *s1 = room<R>(r, k.c), *s2 = room<R>(r, k.c);
   double *s3 = room<double>(r, areas);
   k.x = x, k.dy = dy, k.y = r() % 8 ? y : nullptr, k.dx = r() % 8 ? dx : nullptr;
   k.gamma = r() % 3 ? gamma : nullptr, k.beta = r() % 3 ? beta : nullptr;
@@ -179,11 +179,12 @@ template <class R> int once(std::mt19937 &r, int dtype) {
   const i64 n = i64(r() % 70);
   R *m0 = room<R>(r, n), *s0 = room<R>(r, n), *m1 = room<R>(r, n), *s1 = room<R>(r, n);
   i64 count = 0;
-  int failed = normlab_blend(n, 0.1, m0, 1.0, s0, m1, 1.5, s1, &count, dtype);
-  failed |= normlab_blend(n, 0.9, m0, 1.0, s0, nullptr, 1.0, nullptr, &count, dtype);
+  const Blend two{n, 0.1, m0, 1.0, s0, m1, 1.5, s1, &count};
+  const Blend one{n, 0.9, m0, 1.0, s0, nullptr, 1.0, nullptr, &count};
+  int failed = normlab_blend(&two, dtype) | normlab_blend(&one, dtype);
   if (n) {
     m1[n - 1] = R(INFINITY);
-    failed |= normlab_blend(n, 0.1, m0, 1.0, s0, m1, 1.5, s1, &count, dtype) != 3;
+    failed |= normlab_blend(&two, dtype) != 3;
   }
   for (R *p : {m0, s0, m1, s1}) std::free(p);
   return failed | (count != 2);

@@ -250,9 +250,12 @@ class Normalize(StoringLayer):
         sizes = self._sizes(x.shape[0], ghosts=measures)
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
         if mask is None and self._compilable:
-            affine = (self.weight, self.bias, self.threshold)
+            affine = (self._own("weight"), self._own("bias"), self.threshold)
+            # What only waits for an update, which looks for itself, the kernels do not read.
+            reads = self._uses_stored or isinstance(self.statistics, st.Renormalized)
+            buffers = self._buffers.values() if reads else ()
             kernels = dispatch.kernels_for(
-                x, layout, self.operation, self.activation, affine, self._buffers.values(), residual
+                x, layout, self.operation, self.activation, affine, buffers, residual
             )
             if kernels is not None:
                 return self._compiled(kernels, x, layout, affine, measured, measures, residual)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
@@ -97,6 +96,16 @@ class Partition:
             >>> layout.regroup(x).shape, torch.equal(layout.undo(layout.regroup(x)), x)
             (torch.Size([6, 10]), True)
         """
+        if not torch.compiler.is_compiling():
+            known = tuple(sizes.items()) if sizes else ()
+            try:
+                return _bound(self, tuple(shape), channel_dim, known)
+            except TypeError:
+                pass  # lengths that a tracer keeps open have no hash
+        return self._bind(shape, channel_dim, sizes or {})
+
+    def _bind(self, shape: Sequence[int], channel_dim: int, known: Mapping[str, int]) -> Layout:
+        """The layout of a shape; see `bind`."""
         if len(shape) < 2:
             raise PartitionError(
                 f"pattern {self.pattern!r} needs at least a sample and a channel axis; "
@@ -104,13 +113,6 @@ class Partition:
             )
         if channel_dim not in (1, -1):
             raise PartitionError(f"channel_dim is 1 or -1; received {channel_dim}")
-        if not torch.compiler.is_compiling():
-            with suppress(TypeError):  # lengths that a tracer keeps open have no hash
-                return _bound(self, tuple(shape), channel_dim, tuple((sizes or {}).items()))
-        return self._bind(shape, channel_dim, sizes or {})
-
-    def _bind(self, shape: Sequence[int], channel_dim: int, known: Mapping[str, int]) -> Layout:
-        """The layout of a shape; see `bind`."""
         n_names, c_names, _ = self.axes
         last = channel_dim == -1
         channels, positions = (shape[-1], shape[1:-1]) if last else (shape[1], shape[2:])
@@ -274,8 +276,12 @@ class Layout:
 
     def from_stored(self, stored: Tensor) -> Tensor:
         """View a stored statistic of shape (K,) so that it broadcasts against the split view."""
+        return stored.view(self._stored_shape)
+
+    @cached_property
+    def _stored_shape(self) -> tuple[int, ...]:
         keep = self.stored_dims()
-        return stored.view([s if i in keep else 1 for i, s in enumerate(self.split_shape)])
+        return tuple(s if i in keep else 1 for i, s in enumerate(self.split_shape))
 
     def per_position(self, mask: Tensor) -> Tensor:
         """View a mask of shape (N, *positions) so that it broadcasts against the split view."""

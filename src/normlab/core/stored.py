@@ -13,6 +13,7 @@ from normlab.core import statistics as st
 from normlab.core.operation import LearnedEps, Operation
 from normlab.core.partition import Layout, Partition
 from normlab.kernels import dispatch
+from normlab.kernels.cpu.function import observed
 from normlab.kernels.cpu.stored import blend
 from normlab.kernels.hold import copied
 from normlab.kernels.reference import Moments, deviation
@@ -88,6 +89,13 @@ class StoringLayer(nn.Module):
             self.num_batches_tracked.zero_()
             self.skipped_updates.zero_()
 
+    def _own(self, name: str) -> Any:
+        """A parameter or buffer, or what stands in its place: sooner than nn.Module finds it."""
+        found = self._parameters.get(name)
+        if found is None:
+            found = self._buffers.get(name)
+        return getattr(self, name) if found is None else found
+
     @property
     def kept_names(self) -> tuple[str, ...]:
         """Names of the buffers that stay in float32 at least."""
@@ -98,7 +106,7 @@ class StoringLayer(nn.Module):
         """ε in force; a tensor where it is learned."""
         eps = self.operation.eps
         if isinstance(eps, LearnedEps):
-            return eps.floor + cast(Tensor, self.eps_learned).abs()
+            return eps.floor + cast(Tensor, self._own("eps_learned")).abs()
         return eps
 
     @property
@@ -137,7 +145,7 @@ class StoringLayer(nn.Module):
     def _from_stored(self, layout: Layout, eps: Tensor | float) -> tuple[Moments, Tensor | float]:
         """The stored statistics as moments, and the ε to add to them."""
         # Copies: an update before the backward pass must not change what this pass has used.
-        stored = {n: layout.from_stored(copied(getattr(self, n))) for n in self._running}
+        stored = {n: layout.from_stored(copied(self._own(n))) for n in self._running}
         mean = stored.get("running_mean")
         if "running_std" in stored:  # ε is inside it already
             return Moments(mean, stored["running_std"] ** 2, layout.members), 0.0
@@ -174,9 +182,11 @@ class StoringLayer(nn.Module):
         """Apply the update policy to the moments of the pieces of a batch, as one batch."""
         if not measured or not self._updates:
             return
+        buffers = [self._own(name) for name in self.stored_names]
+        if self._blended(measured, buffers):
+            return
         tensors = [t for _, m in measured for t in (m.mean, m.moment) if t is not None]
-        buffers = [getattr(self, n) for n in self.stored_names]
-        if st.writable(tensors, buffers) and not self._blended(measured, buffers):
+        if st.writable(tensors, buffers):
             self._apply_update(measured)
 
     @torch.no_grad()
@@ -207,9 +217,7 @@ class StoringLayer(nn.Module):
             or torch.compiler.is_compiling()
             or not all([type(b) is Tensor and b.is_cpu for b in buffers])  # noqa: C419 (faster)
             or not self._one_area
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._is_tracing()
+            or observed()
         ):
             return False
         values: tuple[Tensor | None, ...] = (given.mean, given.moment)
@@ -221,7 +229,7 @@ class StoringLayer(nn.Module):
         elif getattr(self.statistics, "bessel", True):
             factors = (1.0, given.size / max(given.size - 1, 1))
         found = cast(tuple[Tensor, ...], values)
-        count = self.num_batches_tracked
+        count = self._own("num_batches_tracked")
         if dispatch.compiled_for_cpu() and blend(buffers, found, factors, momentum, count):
             return True
         with torch.no_grad():

@@ -98,7 +98,8 @@ def compiled() -> tuple[ModuleType, ...]:
 
 def compiled_for_cpu() -> bool:
     """Return whether compiled kernels for CPUs are wanted and present, and nothing is traced."""
-    return call in compiled()
+    unwanted = _current in ("torch", "reference") or torch.compiler.is_compiling()
+    return not unwanted and library.load()[0] is not None
 
 
 def covering(layout: Layout, operation: Operation, activation: str | None) -> ModuleType | None:

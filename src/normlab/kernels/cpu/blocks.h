@@ -237,14 +237,14 @@ struct Totals {
       for (i64 j = 0; j < width; j++) to[j] += from[j];
     }
   }
-  void sum(int k, double *to) const {
-    if (!to) return;
-    std::fill(to, to + c, 0.0);
-    for (i64 b = 0; b < bundles; b++) {
-      const double *from = part.data() + (k * bundles + b) * c;
+  template <class R> void sum(int k, void *into) {
+    if (!into) return;
+    double *all = part.data() + k * bundles * c;
+    for (i64 b = 1; b < bundles; b++) {
 #pragma omp simd
-      for (i64 j = 0; j < c; j++) to[j] += from[j];
+      for (i64 j = 0; j < c; j++) all[j] += all[b * c + j];
     }
+    std::copy(all, all + c, static_cast<R *>(into));
   }
 };
 

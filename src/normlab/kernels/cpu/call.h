@@ -10,13 +10,18 @@ struct Call {
   std::int64_t bn, bc;                     // samples and channels of an area
   std::int64_t xn, xc, xp, gn, gc, gp, yn, yc, yp; // strides of x, of dy, and of y or dx
   std::int64_t mn, mg, mp; // of statistics of single positions: of samples, groups, positions
-  std::int64_t columns, act, shift, about_mean, scale, measure, from_batch;
-  double eps, power, factor; // of deviations k (M + eps)^(1/p): eps, p and k
-  const void *x, *dy, *gamma, *beta, *tau;
-  void *mean, *moment, *y, *dx;
+  std::int64_t columns, act, shift, about_mean, scale, from_batch;
+  double power, factor, eps; // of deviations k (M + eps)^(1/p): p, k and eps
+  // Of calls on tensors of one shape and order of memory, all above but eps is the same.
+  std::int64_t measure;
+  const void *x, *gamma, *beta, *tau;
+  void *mean, *moment;
   const void *r; // what is added before the activation, or null; r and dr at the strides of y and dx
-  void *dr;      // written along with dx
-  double *dgamma, *dbeta, *dtau, *deps;
+  void *y;
+  const void *dy;
+  void *dx, *dr; // dr is written along with dx
+  void *dgamma, *dbeta, *dtau; // float, or double where elements are
+  double *deps;
 };
 
 namespace {

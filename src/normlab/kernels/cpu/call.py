@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from ctypes import byref
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -30,12 +29,13 @@ from normlab.kernels.cpu.function import (
     flat,
     job_of,
 )
-from normlab.kernels.cpu.library import Call, load, ready
+from normlab.kernels.cpu.library import OF_GRADIENTS, OF_ONE_CALL, Call, load, ready
 from normlab.kernels.reference import Moments, Spec
 
 ADDS = True
 """A residual is added in the same pass."""
 _FAMILY = sys.modules[__name__]
+_NO_GRADIENTS = OF_GRADIENTS(*[0] * 7)
 
 
 def _second(operation: Operation) -> bool:
@@ -138,29 +138,34 @@ def _like(x: Tensor, layout: Layout, columns: bool) -> Tensor:
 
 
 class _Record(NamedTuple):
-    """What calls have in common on tensors of one shape and order of memory.
+    """What calls have in common on tensors of one shape, dtype and order of memory.
 
     Attributes:
         columns: Whether x is walked by rows of channels; None where it is not walked.
         dense: Whether `torch.empty_like` gives a result the order of x.
-        walk: Of x.
-        entry: The family of functions in the library.
-        call: The constant part of the arguments; x, y and dy all at the walk of x.
+        forward: The function of the library.
+        backward: Likewise.
+        head: The `Call` that they have in common, as bytes; x, y and dy all at the walk of x.
+        dtype: Of statistics and parameters.
+        room: A number in the shape of statistics, which `torch.empty_like` makes room for sooner
+            than a shape and a dtype do.
+        element: The dtype of x as the library numbers it.
     """
 
     columns: bool | None
     dense: bool
-    walk: Walk
-    entry: str
-    call: Call
+    forward: Callable[[bytes, int], int]
+    backward: Callable[[bytes, int], int]
+    head: bytes
+    dtype: torch.dtype
+    room: Tensor
+    element: int
 
 
 def _record(job: Job, x: Tensor) -> _Record:
-    strides = x.stride()
-    record: _Record | None = job.records.get(strides)
-    if record is None:
-        record = function.remember(job.records, strides, _recorded(job, x))
-    return record
+    key = (x.dtype, x.stride())
+    record: _Record | None = job.records.get(key)
+    return record or function.remember(job.records, key, _recorded(job, x))
 
 
 def _recorded(job: Job, x: Tensor) -> _Record:
@@ -180,10 +185,16 @@ def _recorded(job: Job, x: Tensor) -> _Record:
     call = Call(
         n, c, p, *area, *walk, *walk, *walk, *statistics, rows is None,
         ACTIVATIONS[job.spec.activation], op.shift, op.about == "mean", op.p is not None,
-        False, job.from_batch, 0.0, op.power, op.factor,
+        job.from_batch, op.power, op.factor,
     )  # fmt: skip
-    dense = torch.empty_like(x).stride() == x.stride()
-    return _Record(None if rows is columns is None else rows is None, dense, walk, entry, call)
+    dtype, library = WIDE[x.dtype], ready()
+    return _Record(
+        None if rows is columns is None else rows is None,
+        torch.empty_like(x).stride() == x.stride(),
+        getattr(library, f"{entry}_forward"), getattr(library, f"{entry}_backward"),
+        bytes(call), dtype, x.new_empty((), dtype=dtype).expand(job.shape),
+        DTYPES[x.dtype],
+    )  # fmt: skip
 
 
 def place(job: Job, x: Tensor) -> Tensor:
@@ -199,52 +210,44 @@ def place(job: Job, x: Tensor) -> Tensor:
     return x.contiguous() if _record(job, x).columns is None else x
 
 
-def _call(
-    job: Job, record: _Record, eps: float, mean: Tensor | None, moment: Tensor | None,
-    parameters: Parameters,
-) -> Call:  # fmt: skip
-    """The part of the arguments that both directions share, x apart."""
-    call = Call.from_buffer_copy(record.call)
-    call.eps = eps
-    if mean is not None:
-        call.mean = mean.data_ptr()
-    if moment is not None:
-        call.moment = moment.data_ptr()
-    weight, bias, threshold = parameters
-    if weight is not None:
-        call.gamma = weight.data_ptr()
-    if bias is not None:
-        call.beta = bias.data_ptr()
-    if threshold is not None:
-        call.tau = threshold.data_ptr()
-    return call
+def _room(job: Job, record: _Record) -> tuple[Tensor | None, Tensor | None]:
+    """Room to measure the statistics that the operation has."""
+    op = job.spec.operation
+    return (
+        torch.empty_like(record.room) if op.uses_mean else None,
+        torch.empty_like(record.room) if op.p is not None else None,
+    )
 
 
-def _out(job: Job, x: Tensor, record: _Record, call: Call) -> Tensor:
-    """Dense room for a result, in the order of x."""
-    if record.dense:
-        return torch.empty_like(x)
-    layout, columns = job.layout, bool(record.columns)
-    y = _like(x, layout, columns)
-    walk = _walks(layout.shape, y.stride(), layout.channel_dim == -1)[columns]
-    call.yn, call.yc, call.yp = walk or (0, 0, 0)
-    return y
+def _walk(job: Job, record: _Record, t: Tensor) -> Walk | None:
+    """That of a tensor beside x, in the order that x is walked in."""
+    layout = job.layout
+    return _walks(layout.shape, t.stride(), layout.channel_dim == -1)[bool(record.columns)]
 
 
-def _along(job: Job, record: _Record, call: Call, x: Tensor, residual: Tensor) -> Tensor:
-    """r in the order of memory that y or dx has, where `_out` put it; copied if in another."""
-    columns, layout = bool(record.columns), job.layout
-    walk = _walks(layout.shape, residual.stride(), layout.channel_dim == -1)[columns]
-    if walk == (call.yn, call.yc, call.yp) and not residual.is_neg():
-        return residual
-    room = torch.empty_like(x) if record.dense else _like(x, layout, columns)
-    return room.copy_(residual)
+def _head(record: _Record, dy: Walk | None, y: Walk | None) -> bytes:
+    """The head of a call with walks of dy, and of y and dx, that may differ from that of x."""
+    call = Call.from_buffer_copy(record.head)
+    call.gn, call.gc, call.gp = dy or (0, 0, 0)
+    call.yn, call.yc, call.yp = y or (0, 0, 0)
+    return bytes(call)
 
 
-def _run(name: str, call: Call, dtype: torch.dtype) -> None:
-    library = ready()
-    if getattr(library, name)(byref(call), DTYPES[dtype]):
+def _along(job: Job, record: _Record, y: Tensor, residual: Tensor) -> Tensor:
+    """r in the order of memory that y or dx has; copied if in another."""
+    same = residual.stride() == y.stride() or _walk(job, record, residual) == _walk(job, record, y)
+    return residual if same and not residual.is_neg() else torch.empty_like(y).copy_(residual)
+
+
+def _run(function: Callable[[bytes, int], int], record: _Record, *parts: bytes) -> None:
+    """One call of the library, whose arguments are the parts one after the other."""
+    torch.get_num_threads()  # see `library.ready`
+    if function(b"".join(parts), record.element):
         raise MemoryError("the kernel could not allocate its working memory")
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def forward(
@@ -267,17 +270,23 @@ def forward(
     Returns:
         y, and the statistics used, in the shape of the job.
     """
-    record, dtype = _record(job, x), WIDE[x.dtype]
+    record = _record(job, x)
+    head, dtype = record.head, record.dtype
     measure = mean is None and moment is None
-    mean, moment = function.statistics(job, x, mean, moment)
-    parameters = flat(weight, dtype), flat(bias, dtype), flat(threshold, dtype)
-    call = _call(job, record, eps, mean, moment, parameters)
-    y = _out(job, x, record, call)
+    if measure:
+        mean, moment = _room(job, record)
+    else:
+        mean, moment = function.statistics(job, x, mean, moment)
+    weight, bias, threshold = flat(weight, dtype), flat(bias, dtype), flat(threshold, dtype)
+    if record.dense:
+        y = torch.empty_like(x)
+    else:
+        y = _like(x, job.layout, bool(record.columns))
+        head = _head(record, None, _walk(job, record, y))
     if residual is not None:
-        residual = _along(job, record, call, x, residual)
-        call.r = residual.data_ptr()
-    call.measure, call.x, call.y = measure, x.data_ptr(), y.data_ptr()
-    _run(f"{record.entry}_forward", call, x.dtype)
+        residual = _along(job, record, y, residual)
+    given = _addresses(x, weight, bias, threshold, mean, moment, residual, y)
+    _run(record.forward, record, head, OF_ONE_CALL(eps, measure, *given), _NO_GRADIENTS)
     return y, mean, moment
 
 
@@ -305,37 +314,31 @@ def backward(
         Gradients of x, γ, β, τ, ε and r.
     """
     x = place(job, x)  # hooks on saved tensors may have changed its order
-    record, dtype, layout = _record(job, x), WIDE[x.dtype], job.layout
-    parameters = flat(weight, dtype), flat(bias, dtype), flat(threshold, dtype)
-    call = _call(job, record, eps, mean, moment, parameters)
-    if dy.stride() != x.stride() or dy.is_neg() or dy._is_zerotensor():
-        columns = bool(record.columns)
-        walk = _walks(layout.shape, dy.stride(), layout.channel_dim == -1)[columns]
-        if walk is None or dy.is_neg() or dy._is_zerotensor():
-            dy = _like(x, layout, columns).copy_(dy)
-            walk = _walks(layout.shape, dy.stride(), layout.channel_dim == -1)[columns]
-        call.gn, call.gc, call.gp = walk or (0, 0, 0)
-    dx = areas = dr = None
+    record = _record(job, x)
+    head, dtype, columns = record.head, record.dtype, bool(record.columns)
+    plain = dy.stride() == x.stride() and not dy.is_neg() and not dy._is_zerotensor()
+    if not plain and (dy.is_neg() or dy._is_zerotensor() or _walk(job, record, dy) is None):
+        dy = _like(x, job.layout, columns).copy_(dy)
+    dx = dr = None
     if needs[0] or residual is not None:
-        dx = _out(job, x, record, call)
-        call.dx = dx.data_ptr()
+        dx = torch.empty_like(x) if record.dense else _like(x, job.layout, columns)
         if residual is not None:
-            residual = _along(job, record, call, x, residual)
-            dr = torch.empty_like(dx)
-            call.r, call.dr = residual.data_ptr(), dr.data_ptr()
-    call.x, call.dy = x.data_ptr(), dy.data_ptr()
-    sums: list[Tensor | None] = [None, None, None]
-    for i, name in ((1, "dgamma"), (2, "dbeta"), (3, "dtau")):
-        if needs[i]:
-            room = sums[i - 1] = x.new_empty(layout.lengths[1], dtype=torch.float64)
-            setattr(call, name, room.data_ptr())
-    if needs[4]:
-        areas = x.new_empty(job.shape, dtype=torch.float64)
-        call.deps = areas.data_ptr()
-    _run(f"{record.entry}_backward", call, x.dtype)
+            residual, dr = _along(job, record, dx, residual), torch.empty_like(dx)
+    if not plain or not record.dense:
+        head = _head(record, _walk(job, record, dy), None if dx is None else _walk(job, record, dx))
+    gamma, beta, tau = flat(weight, dtype), flat(bias, dtype), flat(threshold, dtype)
+    # Dense, and of the dtype that the kernels write.
+    dgamma, dbeta, dtau = (
+        torch.empty_like(p) if p is not None and need else None
+        for p, need in zip((gamma, beta, tau), needs[1:4], strict=True)
+    )
+    areas = x.new_empty(job.shape, dtype=torch.float64) if needs[4] else None
+    given = _addresses(x, gamma, beta, tau, mean, moment, residual, None)
+    found = _addresses(dy, dx, dr, dgamma, dbeta, dtau, areas)
+    _run(record.backward, record, head, OF_ONE_CALL(eps, False, *given), OF_GRADIENTS(*found))
     dweight, dbias, dthreshold = (
-        total if p is None or total is None else total.to(p.dtype)
-        for p, total in zip((weight, bias, threshold), sums, strict=True)
+        total if p is None or total is None or p.dtype is dtype else total.to(p.dtype)
+        for p, total in ((weight, dgamma), (bias, dbeta), (threshold, dtau))
     )
     return dx, dweight, dbias, dthreshold, None if areas is None else areas.sum(), dr
 
@@ -353,11 +356,10 @@ def moments(x: Tensor, layout: Layout, spec: Spec) -> Moments:
     """
     job = job_of(layout, spec, True, _FAMILY)
     x = place(job, x.detach())
-    mean, moment = function.statistics(job, x, None, None)
     record = _record(job, x)
-    call = _call(job, record, 0.0, mean, moment, (None, None, None))
-    call.measure, call.x = True, x.data_ptr()
-    _run(f"{record.entry}_forward", call, x.dtype)
+    mean, moment = _room(job, record)
+    given = _addresses(x, None, None, None, mean, moment, None, None)
+    _run(record.forward, record, record.head, OF_ONE_CALL(0.0, True, *given), _NO_GRADIENTS)
     return Moments(mean, moment, layout.members)
 
 

@@ -13,6 +13,7 @@
 #include <omp.h>
 #else
 static int omp_get_max_threads() { return 1; }
+static int omp_get_num_threads() { return 1; }
 static int omp_get_thread_num() { return 0; }
 #endif
 
@@ -100,6 +101,26 @@ struct Moment {
     count = total;
   }
 };
+
+// body(i) for all from `from` up to `to`; one copy of it, whether threads share it or not.
+template <class F>
+#if defined(__GNUC__)
+__attribute__((noinline))
+#endif
+void each(i64 from, i64 to, const F &body) {
+  for (i64 i = from; i < to; i++) body(i);
+}
+
+// body(i) for all under `count`, shared out among threads. One alone goes without OpenMP, which
+// ends even that with a call of the system, for longer than a small layer takes.
+template <class F> void share(i64 count, const F &body) {
+  if (count <= 1 || omp_get_max_threads() == 1) return each(0, count, body);
+#pragma omp parallel
+  {
+    const i64 threads = omp_get_num_threads(), me = omp_get_thread_num();
+    each(count * me / threads, count * (me + 1) / threads, body);
+  }
+}
 
 // f(an element) by number of its type: 0 float32, 1 float64, 2 bfloat16. Returns what f does, or 1
 // for another type, 2 without memory.

@@ -116,8 +116,12 @@ def covered(
 
 
 def plain(x: Tensor) -> bool:
-    """Whether x is memory of this process and nothing else: no subclass, no lazy negation."""
-    return type(x) in _TYPES and x.is_cpu and not x.is_neg()
+    """Whether x is memory of this process and nothing else.
+
+    It is no subclass, no lazy negation, and not left over from a transform, which `Function.apply`
+    would have to look for at every call.
+    """
+    return type(x) in _TYPES and x.is_cpu and not x.is_neg() and not _LEFT_OVER(x)
 
 
 def observed() -> bool:
@@ -180,6 +184,8 @@ def statistics(
     def dense(given: Tensor | None) -> Tensor:
         if given is None:
             return x.new_empty(job.shape, dtype=dtype)
+        if given.shape == job.shape and given.dtype is dtype and given.is_contiguous():
+            return given.detach() if given.requires_grad else given
         return given.detach().to(dtype).expand(job.shape).contiguous()
 
     return dense(mean) if op.uses_mean else None, dense(moment) if op.p is not None else None
@@ -340,16 +346,15 @@ def normalize(
     Returns:
         y, in the dtype and memory order of x, and the statistics used.
     """
-    learned, number = (eps, eps.detach()) if isinstance(eps, Tensor) else (None, eps)
-    if isinstance(number, Tensor) and not getattr(family, "READS_EPS", False):
-        number = number.item()
+    learned, number = None, eps
+    if isinstance(eps, Tensor):
+        learned, number = eps, eps.detach() if getattr(family, "READS_EPS", False) else eps.item()
     job = job_of(layout, spec, from_batch, family)
     # Copied out here, where autograd sees it: what is saved must have x as its history.
     x = family.place(job, x)
     used: list[Tensor | None] = [None, None] if given is None else [given.mean, given.moment]
-    tensors = (x, weight, bias, threshold, learned, residual)
-    # The apply of Python looks for tensors left over from transforms, as slowly as a kernel runs.
-    left_over = any([t is not None and _LEFT_OVER(t) for t in tensors])  # noqa: C419 (faster)
-    apply = _Normalize.apply if left_over else _apply
-    y: Tensor = apply(*tensors, (job, number, used))  # type: ignore[no-untyped-call]
+    # The apply of Python looks for tensors left over from transforms, as slowly as a kernel runs;
+    # of these, only a learned ε may be one.
+    apply = _Normalize.apply if learned is not None and _LEFT_OVER(learned) else _apply
+    y: Tensor = apply(x, weight, bias, threshold, learned, residual, (job, number, used))  # type: ignore[no-untyped-call]
     return y, Moments(used[0], used[1], layout.members)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import os
+import struct
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-ABI = 5
+ABI = 6
 ENTRIES = ("normlab", "normlab_lines", "normlab_powers")
-"""Families of functions that take a `Call`; each has a forward and a backward direction."""
+"""Families of functions, each of a forward and a backward direction; see `Call`."""
 SWITCH = "NORMLAB_KERNELS"
 FOLDER = Path(__file__).resolve().parent
 # What torch itself found the processor (and ATEN_CPU_CAPABILITY) to allow, best library first.
@@ -20,20 +21,22 @@ _LEVELS = {"AVX512": ("avx512", "avx2", "baseline"), "AVX2": ("avx2", "baseline"
 
 
 class Call(ctypes.Structure):
-    """Arguments of both directions; kept in step with call.h."""
+    """What calls of one case have in common; the first part of `struct Call` of call.h."""
 
     _fields_ = [
         *[(name, ctypes.c_int64) for name in (
             "n", "c", "p", "bn", "bc", "xn", "xc", "xp", "gn", "gc", "gp", "yn", "yc", "yp",
-            "mn", "mg", "mp", "columns", "act", "shift", "about_mean", "scale", "measure",
-            "from_batch",
+            "mn", "mg", "mp", "columns", "act", "shift", "about_mean", "scale", "from_batch",
         )],
-        *[(name, ctypes.c_double) for name in ("eps", "power", "factor")],
-        *[(name, ctypes.c_void_p) for name in (
-            "x", "dy", "gamma", "beta", "tau", "mean", "moment", "y", "dx", "r", "dr", "dgamma",
-            "dbeta", "dtau", "deps",
-        )],
+        *[(name, ctypes.c_double) for name in ("power", "factor")],
     ]  # fmt: skip
+
+
+OF_ONE_CALL = struct.Struct("dq8P").pack
+"""The second part: ε, whether to measure, and the addresses of x, γ, β, τ, the mean, the moment, r
+and y; 0 for what there is not."""
+OF_GRADIENTS = struct.Struct("7P").pack
+"""The last part: addresses of ∂L/∂y, and of the gradients of x, r, γ, β, τ and ε."""
 
 
 @lru_cache(maxsize=1)
@@ -98,16 +101,9 @@ def _open(path: Path) -> ctypes.CDLL:
     found = library.normlab_abi()
     if found != ABI:
         raise OSError(f"built for interface {found} where this normlab has {ABI}")
-    for name in (f"{entry}_{way}" for entry in ENTRIES for way in ("forward", "backward")):
-        function = getattr(library, name)
-        function.argtypes = (ctypes.POINTER(Call), ctypes.c_int)
-        function.restype = ctypes.c_int
-    _ = library.normlab_units, library.normlab_rewrite, library.normlab_maps
-    number, address = ctypes.c_double, ctypes.c_void_p
-    measured = (address, number, address)
-    library.normlab_blend.argtypes = (
-        ctypes.c_int64, number, *measured, *measured, address, ctypes.c_int
-    )  # fmt: skip
+    for entry in ENTRIES:  # which take bytes and a number: to declare that makes calls slower
+        _ = getattr(library, f"{entry}_forward"), getattr(library, f"{entry}_backward")
+    _ = library.normlab_units, library.normlab_rewrite, library.normlab_maps, library.normlab_blend
     return library
 
 

@@ -308,13 +308,12 @@ template <int A, class T, class R> void forward(const Job<T, R> &job) {
   i64 width = wide<T>(k, 1);
   std::vector<Tile<R>> tiles(omp_get_max_threads(), Tile<R>(width));
   i64 units = units_of(k, width);
-#pragma omp parallel for schedule(static)
-  for (i64 index = 0; index < units; index++) {
+  share(units, [&](i64 index) {
     Unit u = unit_of(k, index, width);
     Tile<R> &t = tiles[omp_get_thread_num()];
     k.measure ? measured_tile(job, u, t) : given_tile(job, u, t);
     if (k.y) apply_tile<A>(job, u, t);
-  }
+  });
 }
 
 
@@ -430,8 +429,7 @@ void gradient_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, const R *slo
 
 // Units cut into pieces: body(piece, from, to) for each, in parallel.
 template <class F> void pieces(i64 units, i64 count, F body) {
-#pragma omp parallel for schedule(static)
-  for (i64 i = 0; i < count; i++) body(i, units * i / count, units * (i + 1) / count);
+  share(count, [&](i64 i) { body(i, units * i / count, units * (i + 1) / count); });
 }
 
 // Sums for gamma, beta and tau, one of each piece.
@@ -440,12 +438,13 @@ struct Parameters {
   std::vector<double> sums;
   Parameters(i64 c, i64 count) : c(c), count(count), sums(std::size_t(3 * c * count)) {}
   double *of(i64 piece) { return sums.data() + piece * 3 * c; }
-  void finish(const Call &k) {
-    double *into[] = {k.dgamma, k.dbeta, k.dtau};
+  template <class R> void finish(const Call &k) {
+    void *into[] = {k.dgamma, k.dbeta, k.dtau};
     for (i64 i = 1; i < count; i++)
       for (i64 j = 0; j < 3 * c; j++) sums[j] += of(i)[j];
     for (i64 j = 0; j < 3; j++)
-      if (into[j]) std::copy(sums.begin() + j * c, sums.begin() + (j + 1) * c, into[j]);
+      if (into[j])
+        std::copy(sums.begin() + j * c, sums.begin() + (j + 1) * c, static_cast<R *>(into[j]));
   }
 };
 
@@ -477,7 +476,7 @@ template <int A, class T, class R> void backward(const Job<T, R> &job) {
       if (k.dx) gradient_tile<A>(job, u, t, slopes);
     }
   });
-  all.finish(k);
+  all.template finish<R>(k);
 }
 
 int run(const Call &k, int dtype, bool back) noexcept {

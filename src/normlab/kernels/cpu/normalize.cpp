@@ -96,8 +96,7 @@ void blocks_of_rows(const Shape &s, int kinds, bool keep, F f) {
   for (int i = 0; i < omp_get_max_threads(); i++)
     rooms.emplace_back(plan.width, plan.width * kinds * LANES<R>,
                        keep ? slopes_kept(s, plan.width) : 0);
-#pragma omp parallel for schedule(static)
-  for (i64 task = 0; task < plan.bundles * plan.stripes; task++) {
+  share(plan.bundles * plan.stripes, [&](i64 task) {
     const i64 bundle = task / plan.stripes, stripe = task % plan.stripes;
     const i64 from = outer * bundle / plan.bundles, to = outer * (bundle + 1) / plan.bundles;
     const i64 b0 = plan.blocks * stripe / plan.stripes;
@@ -107,7 +106,7 @@ void blocks_of_rows(const Shape &s, int kinds, bool keep, F f) {
         i64 c0 = b * plan.width;
         f(bundle, o * s.bn, c0, std::min(plan.width, s.c - c0), rooms[omp_get_thread_num()]);
       }
-  }
+  });
 }
 
 template <int A, class T, class R>
@@ -269,10 +268,10 @@ template <class R, class F>
 void samples_of_columns(const Shape &s, int kinds, bool keep, F f) {
   auto rooms = rooms_of_columns<R>(s, kinds, keep);
   const i64 bundles = std::min(s.n, TASKS);
-#pragma omp parallel for schedule(static)
-  for (i64 bundle = 0; bundle < bundles; bundle++)
+  share(bundles, [&](i64 bundle) {
     for (i64 n = s.n * bundle / bundles; n < s.n * (bundle + 1) / bundles; n++)
       f(bundle, n, rooms[omp_get_thread_num()]);
+  });
 }
 
 // The sums of all pieces, in order.
@@ -320,10 +319,10 @@ void forward_columns(const Job<T, R> &job, T *y, bool measure) {
       shifts(job, n0, common);
       for (bool again = true, second = false; again; second = true) {
         spread_shifts(s, common);
-#pragma omp parallel for schedule(static)
-        for (i64 i = 0; i < pieces.parts; i++)
+        share(pieces.parts, [&](i64 i) {
           measure_columns(job, n0, pieces.from(i), pieces.count(i), rooms[omp_get_thread_num()],
                           common.shift, found.data() + i * 2 * c);
+        });
         gather(found, pieces.parts, 2, c, common);
         again = settle(job, block * groups, groups, s.bc, second, common);
       }
@@ -332,9 +331,10 @@ void forward_columns(const Job<T, R> &job, T *y, bool measure) {
     }
     if (!y) continue;
     lines(job, 0, groups, common);
-#pragma omp parallel for schedule(static)
-    for (i64 i = pieces.parts - 1; i >= 0; i--)
-      apply_columns<A>(job, y, n0, pieces.from(i), pieces.count(i), common.l);
+    share(pieces.parts, [&](i64 i) {
+      const i64 last = pieces.parts - 1 - i; // what was read last is in cache still
+      apply_columns<A>(job, y, n0, pieces.from(last), pieces.count(last), common.l);
+    });
   }
 }
 
@@ -361,17 +361,18 @@ void backward_columns(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) 
     const i64 n0 = block * s.bn;
     given(job, block * groups, groups, common);
     lines(job, 0, groups, common);
-#pragma omp parallel for schedule(static)
-    for (i64 i = 0; i < pieces.parts; i++)
+    share(pieces.parts, [&](i64 i) {
       sums_columns<A>(job, dy, n0, pieces.from(i), pieces.count(i), rooms[omp_get_thread_num()],
                       common.l, found.data() + i * 3 * c);
+    });
     gather(found, pieces.parts, 3, c, common);
     slopes(job, 0, groups, block * groups, common);
     totals.add(block % totals.bundles, 0, c, common.s);
     if (!dx) continue;
-#pragma omp parallel for schedule(static)
-    for (i64 i = pieces.parts - 1; i >= 0; i--)
-      gradient_columns<A>(job, dy, dx, n0, pieces.from(i), pieces.count(i), common.l);
+    share(pieces.parts, [&](i64 i) {
+      const i64 last = pieces.parts - 1 - i;
+      gradient_columns<A>(job, dy, dx, n0, pieces.from(last), pieces.count(last), common.l);
+    });
   }
 }
 
@@ -411,7 +412,7 @@ template <int A, class T> void backward(const Call &k) {
   T *dx = static_cast<T *>(k.dx);
   Totals totals(std::min(k.n / k.bn, TASKS), k.c);
   in_columns(k) ? backward_columns<A>(job, dy, dx, totals) : backward_rows<A>(job, dy, dx, totals);
-  totals.sum(0, k.dbeta), totals.sum(1, k.dgamma), totals.sum(2, k.dtau);
+  totals.sum<R>(0, k.dbeta), totals.sum<R>(1, k.dgamma), totals.sum<R>(2, k.dtau);
 }
 
 } // namespace
@@ -427,4 +428,4 @@ EXPORT int normlab_backward(const Call *call, int dtype) noexcept {
   });
 }
 
-EXPORT int normlab_abi() noexcept { return 5; }
+EXPORT int normlab_abi() noexcept { return 6; }

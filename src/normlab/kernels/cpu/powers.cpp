@@ -97,8 +97,7 @@ void walk(const Job<T, R> &job, std::vector<double> &out, F f) {
   if (!job.columns) {
     std::vector<double> found(std::size_t(K * k.n * c));
     double *sums = found.data();
-#pragma omp parallel for schedule(static)
-    for (i64 row = 0; row < k.n * c; row++) {
+    share(k.n * c, [&](i64 row) {
       const i64 n = row / c, j = row % c;
       const Same<R> line{n / k.bn * c + j};
       for (i64 from = 0; from < k.p; from += RUN) {
@@ -109,7 +108,7 @@ void walk(const Job<T, R> &job, std::vector<double> &out, F f) {
                  [&](i64 i, auto at) { f(at, line, xi + i, gi + i, yi + i, s); });
         for (int kind = 0; kind < K; kind++) sums[row * K + kind] += total<R>(s[kind]);
       }
-    }
+    });
     for (i64 row = 0; K > 0 && row < k.n * c; row++)
       for (int kind = 0; kind < K; kind++)
         out[kind * job.lines + row / c / k.bn * c + row % c] += sums[row * K + kind];
@@ -119,8 +118,7 @@ void walk(const Job<T, R> &job, std::vector<double> &out, F f) {
   const i64 tasks = job.blocks * parts, padded = c + LANES<R>;
   std::vector<double> found(std::size_t(tasks * K * c));
   std::vector<R> room(std::size_t(threads * K * padded));
-#pragma omp parallel for schedule(static)
-  for (i64 task = 0; task < tasks; task++) {
+  share(tasks, [&](i64 task) {
     const i64 block = task / parts, part = task % parts, last = rows * (part + 1) / parts;
     double *sums = found.data() + task * K * c;
     R *lanes = room.data() + omp_get_thread_num() * K * padded;
@@ -140,7 +138,7 @@ void walk(const Job<T, R> &job, std::vector<double> &out, F f) {
       for (int kind = 0; kind < K; kind++)
         for (i64 j = 0; j < c; j++) sums[kind * c + j] += double(lanes[kind * padded + j]);
     }
-  }
+  });
   for (i64 task = 0; K > 0 && task < tasks; task++)
     for (int kind = 0; kind < K; kind++)
       for (i64 j = 0; j < c; j++)
@@ -232,11 +230,13 @@ template <class T, class R> void slopes(Job<T, R> &job, std::vector<double> &sum
   const Call &k = job.k;
   const i64 areas = job.lines / k.bc;
   double *g = sums.data(), *gx = g + job.lines, *turn = gx + job.lines, *below = turn + job.lines;
-  auto reduced = [&](const double *of, double *into, bool scaled) {
+  std::vector<double> sum;
+  auto reduced = [&](const double *of, void *into, bool scaled) {
     if (!into) return;
-    std::fill(into, into + k.c, 0.0);
+    sum.assign(std::size_t(k.c), 0.0);
     for (i64 l = 0; l < job.lines; l++)
-      into[l % k.c] += scaled ? of[l] / deviation(k, inside(job, l)) : of[l];
+      sum[l % k.c] += scaled ? of[l] / deviation(k, inside(job, l)) : of[l];
+    std::copy(sum.begin(), sum.end(), static_cast<R *>(into));
   };
   reduced(g, k.dbeta, false), reduced(gx, k.dgamma, true);
   if (k.act == TLU) reduced(below, k.dtau, false);

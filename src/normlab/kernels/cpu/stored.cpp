@@ -32,17 +32,29 @@ template <class R> int blend(i64 n, R weight, const R *const *measured, const do
 
 } // namespace
 
-// Two kinds of statistics, of which the second may be absent, of n numbers each, and the count of
-// batches. Returns 0; 3 where something is not finite, or 2 without memory: all is then as it was.
-EXPORT int normlab_blend(i64 n, double weight, const void *m0, double f0, void *s0, const void *m1,
-                         double f1, void *s1, i64 *count, int dtype) noexcept {
-  const double factors[] = {f0, f1};
+// Two kinds of statistics, of which the second may be absent: measured numbers, their factor, and
+// those stored; and the count of batches.
+struct Blend {
+  i64 n; // numbers of each kind
+  double weight;
+  const void *m0;
+  double f0;
+  void *s0;
+  const void *m1;
+  double f1;
+  void *s1;
+  i64 *count;
+};
+
+// Returns 0; 3 where something is not finite, or 2 without memory: all is then as it was.
+EXPORT int normlab_blend(const Blend *b, int dtype) noexcept {
+  const double factors[] = {b->f0, b->f1};
   const int failed = typed(dtype, [&](auto element) {
     using R = typename Math<decltype(element)>::type;
-    const R *measured[] = {static_cast<const R *>(m0), static_cast<const R *>(m1)};
-    R *stored[] = {static_cast<R *>(s0), static_cast<R *>(s1)};
-    return blend<R>(n, R(weight), measured, factors, stored, m1 ? 2 : 1);
+    const R *measured[] = {static_cast<const R *>(b->m0), static_cast<const R *>(b->m1)};
+    R *stored[] = {static_cast<R *>(b->s0), static_cast<R *>(b->s1)};
+    return blend<R>(b->n, R(b->weight), measured, factors, stored, b->m1 ? 2 : 1);
   });
-  if (!failed) ++*count;
+  if (!failed) ++*b->count;
   return failed;
 }

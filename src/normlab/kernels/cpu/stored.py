@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.graph import increment_version
 from normlab.kernels.cpu import library
 
 _DTYPES = {torch.float32: 0, torch.float64: 1}
+_BLEND = struct.Struct("qdPdPPdPP").pack  # `struct Blend` of stored.cpp
 
 
 def blend(
@@ -43,7 +45,7 @@ def blend(
         of += (m.data_ptr(), f, b.data_ptr())
     if len(of) == 3:
         of += (0, 1.0, 0)
-    if compiled.normlab_blend(size, weight, *of, count.data_ptr(), _DTYPES[dtype]):
+    if compiled.normlab_blend(_BLEND(size, weight, *of, count.data_ptr()), _DTYPES[dtype]):
         return False
     # Written past torch: a graph that holds an old value is told.
     increment_version(buffers)

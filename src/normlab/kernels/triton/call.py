@@ -81,7 +81,9 @@ def available() -> bool:
 
 
 def _plain(x: Tensor, device: torch.device) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and x.device == device and not x.is_neg()
+    left_over = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    simple = type(x) in (Tensor, torch.nn.Parameter) and not left_over
+    return simple and x.device == device and not x.is_neg()
 
 
 def supports(
