@@ -91,7 +91,7 @@ class StoringLayer(nn.Module):
 
     def _own(self, name: str) -> Any:
         """A parameter or buffer, or what stands in its place: sooner than nn.Module finds it."""
-        found = self._parameters.get(name)
+        found: Any = self._parameters.get(name)
         if found is None:
             found = self._buffers.get(name)
         return getattr(self, name) if found is None else found

@@ -328,18 +328,18 @@ def backward(
         head = _head(record, _walk(job, record, dy), None if dx is None else _walk(job, record, dx))
     gamma, beta, tau = flat(weight, dtype), flat(bias, dtype), flat(threshold, dtype)
     # Dense, and of the dtype that the kernels write.
-    dgamma, dbeta, dtau = (
+    dgamma, dbeta, dtau = [
         torch.empty_like(p) if p is not None and need else None
         for p, need in zip((gamma, beta, tau), needs[1:4], strict=True)
-    )
+    ]
     areas = x.new_empty(job.shape, dtype=torch.float64) if needs[4] else None
     given = _addresses(x, gamma, beta, tau, mean, moment, residual, None)
     found = _addresses(dy, dx, dr, dgamma, dbeta, dtau, areas)
     _run(record.backward, record, head, OF_ONE_CALL(eps, False, *given), OF_GRADIENTS(*found))
-    dweight, dbias, dthreshold = (
+    dweight, dbias, dthreshold = [
         total if p is None or total is None or p.dtype is dtype else total.to(p.dtype)
         for p, total in ((weight, dgamma), (bias, dbeta), (threshold, dtau))
-    )
+    ]
     return dx, dweight, dbias, dthreshold, None if areas is None else areas.sum(), dr
 
 

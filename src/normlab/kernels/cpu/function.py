@@ -54,7 +54,7 @@ class Job:
     def __init__(self, layout: Layout, spec: Spec, from_batch: bool, family: ModuleType) -> None:
         self.layout, self.spec, self.from_batch, self.family = layout, spec, from_batch, family
         self.shape = tuple(1 if i in spec.dims else n for i, n in enumerate(layout.split_shape))
-        self.records: dict[tuple[int, ...], Any] = {}
+        self.records: dict[Any, Any] = {}
 
 
 def remember(memo: dict[Any, Any], key: Any, value: Value) -> Value:
@@ -236,11 +236,12 @@ class _Normalize(torch.autograd.Function):
         job, number, given = call
         more = () if residual is None else (residual,)
         y: Tensor
-        y, *given[:] = job.family.forward(job, x, weight, bias, threshold, number, *given, *more)
+        y, mean, moment = job.family.forward(job, x, weight, bias, threshold, number, *given, *more)
+        given[:] = mean, moment
         ctx.call = (job, number)
         # Without an activation the gradient does not depend on r.
         residual = residual if job.spec.activation else None
-        ctx.save_for_backward(x, weight, bias, threshold, eps, residual, *given)
+        ctx.save_for_backward(x, weight, bias, threshold, eps, residual, mean, moment)
         ctx.set_materialize_grads(False)
         return y
 
@@ -255,11 +256,12 @@ class _Normalize(torch.autograd.Function):
             inputs = (x, weight, bias, threshold, eps, residual)
             return *differentiable(job, needs, dy, inputs, number, mean, moment), None
         more = () if residual is None else (residual,)
-        dx, *slopes, deps, dr = job.family.backward(
+        dx, dweight, dbias, dthreshold, deps, dr = job.family.backward(
             job, needs, dy, x, weight, bias, threshold, number, mean, moment, *more
         )
         deps = None if deps is None or eps is None else deps.to(eps.dtype).view(eps.shape)
-        return dx, *slopes, deps, dy if needs[5] and residual is None else dr, None
+        dr = dy if needs[5] and residual is None else dr
+        return dx, dweight, dbias, dthreshold, deps, dr, None
 
 
 _apply = super(torch.autograd.Function, _Normalize).apply
