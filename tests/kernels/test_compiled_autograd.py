@@ -234,6 +234,50 @@ def test_parameters_in_any_memory():
     agree(outcome)
 
 
+def test_parametrized_parameters():
+    """What stands in the place of a parameter is used, and trained."""
+
+    class Exponential(nn.Module):
+        def forward(self, v):
+            return v.exp()
+
+    def outcome():
+        layer, x = nl.BatchNorm(6).double(), sample((4, 6, 5)).requires_grad_()
+        nn.utils.parametrize.register_parametrization(layer, "weight", Exponential())
+        y = layer(x)
+        return [y, *torch.autograd.grad((y**3).sum(), [x, *layer.parameters()])]
+
+    agree(outcome)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["batch", "layer", "l1_batch"])
+def test_gradients_have_the_dtype_of_their_parameter(name, dtype):
+    def outcome():
+        layer, x = nl.norm(name, 6), torch.randn(4, 6, 5, generator=torch.manual_seed(0))
+        (layer.to(dtype)(x) ** 3).sum().backward()
+        return [p.grad for p in layer.parameters()]
+
+    # A rounding to bfloat16, or of outputs and sums to float32.
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    agree(outcome, rtol=tolerance, atol=tolerance)
+
+
+def test_tensors_left_over_from_a_transform():
+    """Wrappers that outlive their transform have no memory of their own."""
+    kept = []
+
+    def loss(x):
+        kept.append(x)
+        return (x**2).sum()
+
+    torch.func.grad(loss)(sample((4, 6, 5)))
+    layer = nl.norm("group", 6, groups=2).double()
+    agree(lambda: layer(kept[0]))
+    torch.func.grad(loss)(torch.arange(6, dtype=torch.float64))
+    agree(lambda: functional_call(layer, {"weight": kept[1]}, (sample((4, 6, 5)),)))
+
+
 def test_default_device_does_not_matter():
     """Working memory lies where x lies."""
     layer, x = nl.BatchNorm(6, activation="relu"), torch.randn(4, 6, 5, requires_grad=True)

@@ -121,6 +121,7 @@ class Partition:
         parts_p = [("*", s) for s in positions]
         ordered = parts_n + (parts_p + parts_c if last else parts_c + parts_p)
         dims = tuple(i for i, (name, _) in enumerate(ordered) if name in self.members)
+        stored = {name for name in self.areas if name in c_names}
         return Layout(
             partition=self,
             shape=tuple(shape),
@@ -131,6 +132,7 @@ class Partition:
             members=prod([ordered[i][1] for i in dims]),
             lengths=(shape[0], channels, prod(positions)),
             blocks=self._blocks(dict(ordered)),
+            stored_shape=tuple(size if name in stored else 1 for name, size in ordered),
         )
 
     def _blocks(self, sizes: Mapping[str, int]) -> tuple[int, int] | None:
@@ -196,6 +198,7 @@ class Layout:
         blocks: Samples and channels of an area, where it is a block of these with all positions.
             None where areas are not such blocks: statistics of single positions, or members that
             lie apart, as the outer part of a split axis does.
+        stored_shape: Shape in which a stored statistic broadcasts against the split view.
     """
 
     partition: Partition
@@ -207,6 +210,7 @@ class Layout:
     members: int
     lengths: tuple[int, int, int]
     blocks: tuple[int, int] | None
+    stored_shape: tuple[int, ...]
 
     @cached_property
     def memo(self) -> dict[Any, Any]:
@@ -276,12 +280,7 @@ class Layout:
 
     def from_stored(self, stored: Tensor) -> Tensor:
         """View a stored statistic of shape (K,) so that it broadcasts against the split view."""
-        return stored.view(self._stored_shape)
-
-    @cached_property
-    def _stored_shape(self) -> tuple[int, ...]:
-        keep = self.stored_dims()
-        return tuple(s if i in keep else 1 for i, s in enumerate(self.split_shape))
+        return stored.view(self.stored_shape)
 
     def per_position(self, mask: Tensor) -> Tensor:
         """View a mask of shape (N, *positions) so that it broadcasts against the split view."""

@@ -147,8 +147,9 @@ class _Record(NamedTuple):
         backward: Likewise.
         head: The `Call` that they have in common, as bytes; x, y and dy all at the walk of x.
         dtype: Of statistics and parameters.
-        room: A number in the shape of statistics, which `torch.empty_like` makes room for sooner
-            than a shape and a dtype do.
+        mean: A number in the shape of the means, of which `torch.empty_like` makes room sooner than
+            of a shape and a dtype; None where the operation has none.
+        moment: Likewise.
         element: The dtype of x as the library numbers it.
     """
 
@@ -158,7 +159,8 @@ class _Record(NamedTuple):
     backward: Callable[[bytes, int], int]
     head: bytes
     dtype: torch.dtype
-    room: Tensor
+    mean: Tensor | None
+    moment: Tensor | None
     element: int
 
 
@@ -188,13 +190,18 @@ def _recorded(job: Job, x: Tensor) -> _Record:
         job.from_batch, op.power, op.factor,
     )  # fmt: skip
     dtype, library = WIDE[x.dtype], ready()
+    room = x.new_empty((), dtype=dtype).expand(job.shape)
     return _Record(
-        None if rows is columns is None else rows is None,
-        torch.empty_like(x).stride() == x.stride(),
-        getattr(library, f"{entry}_forward"), getattr(library, f"{entry}_backward"),
-        bytes(call), dtype, x.new_empty((), dtype=dtype).expand(job.shape),
-        DTYPES[x.dtype],
-    )  # fmt: skip
+        columns=None if rows is columns is None else rows is None,
+        dense=torch.empty_like(x).stride() == x.stride(),
+        forward=getattr(library, f"{entry}_forward"),
+        backward=getattr(library, f"{entry}_backward"),
+        head=bytes(call),
+        dtype=dtype,
+        mean=room if op.uses_mean else None,
+        moment=room if op.p is not None else None,
+        element=DTYPES[x.dtype],
+    )
 
 
 def place(job: Job, x: Tensor) -> Tensor:
@@ -210,12 +217,12 @@ def place(job: Job, x: Tensor) -> Tensor:
     return x.contiguous() if _record(job, x).columns is None else x
 
 
-def _room(job: Job, record: _Record) -> tuple[Tensor | None, Tensor | None]:
+def _room(record: _Record) -> tuple[Tensor | None, Tensor | None]:
     """Room to measure the statistics that the operation has."""
-    op = job.spec.operation
+    mean, moment = record.mean, record.moment
     return (
-        torch.empty_like(record.room) if op.uses_mean else None,
-        torch.empty_like(record.room) if op.p is not None else None,
+        None if mean is None else torch.empty_like(mean),
+        None if moment is None else torch.empty_like(moment),
     )
 
 
@@ -274,7 +281,7 @@ def forward(
     head, dtype = record.head, record.dtype
     measure = mean is None and moment is None
     if measure:
-        mean, moment = _room(job, record)
+        mean, moment = _room(record)
     else:
         mean, moment = function.statistics(job, x, mean, moment)
     weight, bias, threshold = flat(weight, dtype), flat(bias, dtype), flat(threshold, dtype)
@@ -357,7 +364,7 @@ def moments(x: Tensor, layout: Layout, spec: Spec) -> Moments:
     job = job_of(layout, spec, True, _FAMILY)
     x = place(job, x.detach())
     record = _record(job, x)
-    mean, moment = _room(job, record)
+    mean, moment = _room(record)
     given = _addresses(x, None, None, None, mean, moment, None, None)
     _run(record.forward, record, record.head, OF_ONE_CALL(0.0, True, *given), _NO_GRADIENTS)
     return Moments(mean, moment, layout.members)

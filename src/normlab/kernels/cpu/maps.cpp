@@ -202,7 +202,8 @@ void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i6
 
 // Calls f(sample, channel) for every map.
 template <class T, class R, class Call> void each_row(const Job<T, R> &job, Call f) {
-  share(job.n * job.c, [&](i64 map) { f(map / job.c, map % job.c); });
+#pragma omp parallel for schedule(static)
+  for (i64 map = 0; map < job.n * job.c; map++) f(map / job.c, map % job.c);
 }
 
 // Parts of a sample in columns, so that threads have work where samples are few.
@@ -213,10 +214,11 @@ template <class T, class R> i64 parts_of(const Job<T, R> &job) {
 // Calls f(sample, number of the part, first position, positions) for all parts of all samples.
 template <class T, class R, class Call> void each_part(const Job<T, R> &job, Call f) {
   i64 parts = parts_of(job);
-  share(job.n * parts, [&](i64 unit) {
+#pragma omp parallel for schedule(static)
+  for (i64 unit = 0; unit < job.n * parts; unit++) {
     i64 n = unit / parts, i = unit % parts, first = job.p * i / parts;
     f(n, unit, first, job.p * (i + 1) / parts - first);
-  });
+  }
 }
 
 template <class F, class T, class R> void apply(const Job<T, R> &job, bool columns) {
@@ -285,7 +287,8 @@ template <class F, class T, class R> void local(const Job<T, R> &job, bool colum
   i64 threads = omp_get_max_threads(), width = K * job.c;
   std::vector<R> own(threads * together * job.p), work(threads * (width + job.c));
   std::vector<double> totals(threads * width);
-  share(maps / together, [&](i64 unit) {
+#pragma omp parallel for schedule(static)
+  for (i64 unit = 0; unit < maps / together; unit++) {
     i64 me = omp_get_thread_num(), n = unit * together / job.c, c0 = unit * together % job.c;
     R *direct = own.data() + me * together * job.p, *mine = work.data() + me * (width + job.c);
     double *sums = totals.data() + me * width;
@@ -328,7 +331,7 @@ template <class F, class T, class R> void local(const Job<T, R> &job, bool colum
           at.write(to + i, at.read(direct + i, zero) + (at.read(from + i, zero) - centre) * k);
         });
       }
-  });
+  }
 }
 
 enum Pass { APPLY = 0, SUMS = 1, GRADIENT = 2, LOCAL = 3 };
