@@ -145,7 +145,8 @@ class StoringLayer(nn.Module):
     def _from_stored(self, layout: Layout, eps: Tensor | float) -> tuple[Moments, Tensor | float]:
         """The stored statistics as moments, and the ε to add to them."""
         # Copies: an update before the backward pass must not change what this pass has used.
-        stored = {n: layout.from_stored(copied(self._own(n))) for n in self._running}
+        kept = copied if torch.is_grad_enabled() else Tensor.detach
+        stored = {n: layout.from_stored(kept(self._own(n))) for n in self._running}
         mean = stored.get("running_mean")
         if "running_std" in stored:  # ε is inside it already
             return Moments(mean, stored["running_std"] ** 2, layout.members), 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -370,21 +370,5 @@ def moments(x: Tensor, layout: Layout, spec: Spec) -> Moments:
     return Moments(mean, moment, layout.members)
 
 
-def normalize(
-    x: Tensor,
-    layout: Layout,
-    spec: Spec,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    threshold: Tensor | None,
-    eps: Tensor | float,
-    given: Moments | None,
-    *,
-    from_batch: bool,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Moments]:
-    """`function.normalize` by these kernels."""
-    return function.normalize(
-        _FAMILY, x, layout, spec, weight, bias, threshold, eps, given,
-        from_batch=from_batch, residual=residual,
-    )  # fmt: skip
+normalize = partial(function.normalize, _FAMILY)
+"""`function.normalize` by these kernels."""

@@ -219,6 +219,17 @@ def derivatives(
     return [next(found) if ask else None for ask in asked]
 
 
+def _forward(
+    job: Job, x: Tensor, weight: Tensor | None, bias: Tensor | None, threshold: Tensor | None,
+    eps: Tensor | float, given: list[Tensor | None], residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """y; statistics are those given, or put there."""
+    more = () if residual is None else (residual,)  # which not every family takes
+    y: Tensor
+    y, given[0], given[1] = job.family.forward(job, x, weight, bias, threshold, eps, *given, *more)
+    return y
+
+
 class _Normalize(torch.autograd.Function):
     """(x, γ, β, τ, ε, r, (job, number, statistics)) → y; statistics given or put there."""
 
@@ -234,14 +245,11 @@ class _Normalize(torch.autograd.Function):
         call: tuple[Job, Tensor | float, list[Tensor | None]],
     ) -> Tensor:
         job, number, given = call
-        more = () if residual is None else (residual,)
-        y: Tensor
-        y, mean, moment = job.family.forward(job, x, weight, bias, threshold, number, *given, *more)
-        given[:] = mean, moment
+        y = _forward(job, x, weight, bias, threshold, number, given, residual)
         ctx.call = (job, number)
         # Without an activation the gradient does not depend on r.
         residual = residual if job.spec.activation else None
-        ctx.save_for_backward(x, weight, bias, threshold, eps, residual, mean, moment)
+        ctx.save_for_backward(x, weight, bias, threshold, eps, residual, *given)
         ctx.set_materialize_grads(False)
         return y
 
@@ -355,8 +363,11 @@ def normalize(
     # Copied out here, where autograd sees it: what is saved must have x as its history.
     x = family.place(job, x)
     used: list[Tensor | None] = [None, None] if given is None else [given.mean, given.moment]
-    # The apply of Python looks for tensors left over from transforms, as slowly as a kernel runs;
-    # of these, only a learned ε may be one.
-    apply = _Normalize.apply if learned is not None and _LEFT_OVER(learned) else _apply
-    y: Tensor = apply(x, weight, bias, threshold, learned, residual, (job, number, used))  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():
+        y = _forward(job, x, weight, bias, threshold, number, used, residual)
+    else:
+        # The apply of Python looks for tensors left over from transforms, as slowly as a kernel
+        # runs; of these, only a learned ε may be one.
+        apply = _Normalize.apply if learned is not None and _LEFT_OVER(learned) else _apply
+        y = apply(x, weight, bias, threshold, learned, residual, (job, number, used))  # type: ignore[no-untyped-call]
     return y, Moments(used[0], used[1], layout.members)
