@@ -108,42 +108,6 @@ template <class R, class F> inline void summed(i64 m, double &sum, double &other
   }
 }
 
-template <class T, class R> void sum_tile(const Call &k, const T *x, Tile<R> &t, i64 width) {
-  double *sum = t.total(0);
-  if (k.columns) {
-    for (i64 i = 0; i < width; i++) {
-      const T *row = x + i * k.xp;
-      double none;
-      summed<R>(k.bc, sum[i], none, [&](i64 j, auto at) {
-        return Pair<R>{at.read(row + j, V<R>{}), V<R>{}};
-      });
-    }
-    return;
-  }
-  const i64 xc = k.xc, bc = k.bc;
-  R *part = t[SUM];
-  std::fill(sum, sum + width, 0.0);
-  for (i64 from = 0; from < bc; from += CHUNK) {
-    i64 to = std::min(from + CHUNK, bc), c = from;
-    std::fill(part, part + width, R(0));
-    for (; c + 4 <= to; c += 4) {
-      const T *a = x + c * xc, *b = a + xc, *d = b + xc, *e = d + xc;
-      sweep<R>(width, [&](i64 i, auto at) {
-        const V<R> zero{};
-        put<R>(part + i, take<R>(part + i) + (at.read(a + i, zero) + at.read(b + i, zero)) +
-                             (at.read(d + i, zero) + at.read(e + i, zero)));
-      });
-    }
-    for (; c < to; c++) {
-      const T *a = x + c * xc;
-      sweep<R>(width, [&](i64 i, auto at) {
-        put<R>(part + i, take<R>(part + i) + at.read(a + i, V<R>{}));
-      });
-    }
-    for (i64 i = 0; i < width; i++) sum[i] += double(part[i]);
-  }
-}
-
 // Sums of x - mu, and of its square.
 template <class T, class R> void square_tile(const Call &k, const T *x, Tile<R> &t, i64 width) {
   double *sum = t.total(0), *squares = t.total(1);
@@ -170,7 +134,9 @@ template <class T, class R> void square_tile(const Call &k, const T *x, Tile<R> 
     for (; c + 4 <= to; c += 4) {
       const T *a = x + c * xc, *b = a + xc, *d = b + xc, *e = d + xc;
       sweep<R>(width, [&](i64 i, auto at) {
-        V<R> mean = take<R>(mu + i), z0 = at.read(a + i, mean) - mean, z1 = at.read(b + i, mean) - mean;
+        for (const T *next : {a, b, d, e}) soon(next + 4 * xc + i);
+        V<R> mean = take<R>(mu + i);
+        V<R> z0 = at.read(a + i, mean) - mean, z1 = at.read(b + i, mean) - mean;
         V<R> z2 = at.read(d + i, mean) - mean, z3 = at.read(e + i, mean) - mean;
         put<R>(part + i, take<R>(part + i) + ((z0 + z1) + (z2 + z3)));
         put<R>(square + i, take<R>(square + i) + ((z0 * z0 + z1 * z1) + (z2 * z2 + z3 * z3)));
@@ -204,21 +170,35 @@ template <class T, class R> void given_tile(const Job<T, R> &job, const Unit &u,
   for (i64 i = 0; i < u.width; i++) inverse[i] = R(1.0 / std::sqrt(double(inverse[i]) + k.eps));
 }
 
+// Moments are those about the first channel, in one pass; where that lies so far from the mean that
+// digits cancel, or squares overflow R, about the mean, in a second.
 template <class T, class R> void measured_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t) {
   const Call &k = job.k;
   R *mu = t[MU], *inverse = t[INVERSE], *rest = t[REST];
   double m = double(k.bc), *sum = t.total(0), *squares = t.total(1);
   const T *x = u.x<T>(k);
   std::fill(mu, mu + t.width, R(0));
-  if (job.centred) {
-    sum_tile(k, x, t, u.width);
-    for (i64 i = 0; i < u.width; i++) mu[i] = R(sum[i] / m);
-  }
+  if (job.centred)
+    for (i64 i = 0; i < u.width; i++) mu[i] = load(x, i * k.xp);
   square_tile(k, x, t, u.width);
+  if (job.centred) {
+    constexpr double most = std::numeric_limits<double>::max();
+    auto far = [&](i64 i) {
+      double square = sum[i] * sum[i];
+      return (square > 16.0 * (squares[i] * m - square)) | ((squares[i] > most) & (square <= most));
+    };
+    int poor = 0;
+    for (i64 i = 0; i < u.width; i++) poor += far(i);
+    if (poor) {
+      for (i64 i = 0; i < u.width; i++)
+        if (far(i)) mu[i] = R(double(mu[i]) + sum[i] / m);
+      square_tile(k, x, t, u.width);
+    }
+  }
   double about_zero = k.about_mean ? 0.0 : 1.0;
   if (job.centred) { // the mean is in `sum` from here on, and the moment in `squares`
     for (i64 i = 0; i < u.width; i++) {
-      double left = sum[i] / m, mean = double(mu[i]) + left;
+      double left = sum[i] / m, mean = double(mu[i]) + left + (left - left); // NaN where infinite
       double square = squares[i] - left * sum[i];
       squares[i] = (square < 0 ? 0.0 : square) / m + about_zero * mean * mean;
       sum[i] = mean;
@@ -290,7 +270,7 @@ void apply_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t) {
     }
     return;
   }
-  for (i64 c = k.bc - 1; c >= 0; c--) { // what was read last is in cache still
+  for (i64 c = 0; c < k.bc; c++) {
     V<R> weight = all<R>(gamma[c]), offset = all<R>(beta[c]), least = all<R>(tau[c]);
     const T *from = x + c * k.xc;
     T *to = y + c * k.yc;
@@ -366,6 +346,7 @@ void sums_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, R *sums, R *slop
       V<R> s0{}, s1{}, s2{};
       const T *v = x + c * k.xc, *w = dy + c * k.gc;
       sweep<R>(u.width, [&](i64 i, auto at) {
+        soon(v + k.xc + i), soon(w + k.gc + i); // the next channel's
         V<R> mean = take<R>(mu + i), d = at.read(w + i, zero);
         V<R> xhat = (at.read(v + i, mean) - mean) * take<R>(inverse + i);
         V<R> before = xhat * scale + offset;
@@ -408,7 +389,7 @@ void gradient_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, const R *slo
     }
     return;
   }
-  for (i64 c = k.bc - 1; c >= 0; c--) {
+  for (i64 c = 0; c < k.bc; c++) {
     V<R> scale = all<R>(gamma[c]), offset = all<R>(beta[c]), least = all<R>(tau[c]);
     const T *from = x + c * k.xc, *w = dy + c * k.gc;
     T *to = dx + c * k.yc;
