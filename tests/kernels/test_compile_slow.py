@@ -21,7 +21,8 @@ def model():
         nn.Conv2d(8, 8, 1), nl.FilterResponseNorm(8, learned_eps=True),
         nn.Conv2d(8, 8, 1), nl.BatchRenorm(8, rmax=2.0, dmax=1.0, momentum=0.3),
         nl.norm("ic", 8, dropout=0.0), nn.Conv2d(8, 8, 1), nl.RMSNorm(8), nl.NoNorm(8),
-        nl.DynamicTanh(8),
+        nl.DynamicTanh(8), nn.Conv2d(8, 8, 1), nl.EvoNormS0(8, 2), nn.Conv2d(8, 8, 1),
+        nl.EvoNormB0(8), nn.Conv2d(8, 8, 1), nl.SwitchableNorm(8),
     )  # fmt: skip
 
 

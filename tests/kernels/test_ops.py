@@ -2,7 +2,6 @@
 
 import copy
 import io
-import warnings
 
 import pytest
 import torch
@@ -13,29 +12,22 @@ from torch.utils.checkpoint import checkpoint
 import normlab as nl
 from activations.cases import sample
 from kernels.kernel_cases import build
+from kernels.traced import TIGHT, inputs, leaf, quiet, traced, train  # noqa: F401 (a fixture)
+from normlab.core.partition import partition
 from normlab.kernels import dispatch
 from normlab.kernels.cpu import ops
+from normlab.kernels.cpu.registered import case_of
 from normlab.kernels.reference import Spec
 
 pytestmark = pytest.mark.skipif(
     dispatch.compiled_kernels() is None, reason=f"no compiled kernels: {dispatch.reason()}"
 )
-TIGHT = {"rtol": 1e-9, "atol": 1e-10}  # float64 sums in two orders
 CASES = [
     ("batch", {"activation": "relu"}), ("group", {"groups": 2, "activation": "silu"}),
     ("filter_response", {"learned_eps": True}), ("rms", {}), ("mean_only_batch", {}),
     ("ghost_batch", {"batch_size": 2, "affine": False}), ("l1_batch", {}), ("lp_batch", {"p": 3.0}),
 ]  # fmt: skip
 SHAPE = (4, 6, 5, 3)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """Nothing compiled before counts, and warnings of the compiler itself are not ours."""
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def arguments(name, options, dtype=torch.float64, channel_dim=1, shape=SHAPE):
@@ -47,19 +39,7 @@ def arguments(name, options, dtype=torch.float64, channel_dim=1, shape=SHAPE):
     given = [layer.weight, layer.bias, layer.threshold]
     given = [None if p is None else p.detach().to(dtype) for p in given] + [learned]
     spec = Spec(layout.member_dims, layer.operation, layer.activation)
-    return given, ops._case(layout, spec, layer.eps if learned is None else learned)
-
-
-def inputs():
-    """In rows, in columns of half precision, and in an order of memory that the kernels copy."""
-    x = sample(SHAPE, dtype=torch.float32)
-    yield x
-    yield x.bfloat16().to(memory_format=torch.channels_last)
-    yield x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-
-
-def leaf(t):
-    return None if t is None else t.clone(memory_format=torch.preserve_format).requires_grad_()
+    return given, case_of(layout, spec, layer.eps if learned is None else learned)
 
 
 @pytest.mark.parametrize("added", [False, True])
@@ -67,7 +47,7 @@ def leaf(t):
 def test_opcheck(name, options, added):
     """Schemas, shapes, dtypes and strides as announced, and the registration of the gradient."""
     parameters, case = arguments(name, options, torch.float32)
-    for x in inputs():
+    for x in inputs(SHAPE):
         given = [*parameters, x.sin().contiguous() if added else None]
         normlab = torch.ops.normlab
         torch.library.opcheck(normlab.moments.default, (x, *case))
@@ -119,6 +99,19 @@ def test_second_derivatives(name, options):
     assert torch.autograd.gradgradcheck(y, (x, *given))
 
 
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_moments_have_derivatives(name, options):
+    """As an exported program differentiates them."""
+    _, case = arguments(name, options, shape=(4, 6, 3))
+    x = leaf(sample((4, 6, 3)))
+
+    def moments(x):
+        return [m for m in torch.ops.normlab.moments(x, *case) if m.numel()]
+
+    assert torch.autograd.gradcheck(moments, x)
+    assert torch.autograd.gradgradcheck(moments, x)
+
+
 def test_parameters_of_another_length_are_errors():
     """Memory past their end is not read."""
     (_, bias, *rest), case = arguments("batch", {})
@@ -126,29 +119,6 @@ def test_parameters_of_another_length_are_errors():
         torch.ops.normlab.normalize(
             sample(SHAPE), bias.new_ones(3), bias, *rest, None, None, None, *case, True
         )
-
-
-def traced(layer, **options):
-    """The layer compiled as one graph, and the names of what was in the graph."""
-    from torch._dynamo.backends.debugging import aot_eager
-
-    seen = set()
-
-    def backend(graph, example):
-        seen.update(str(node.target) for node in graph.graph.nodes)
-        return aot_eager(graph, example)
-
-    return torch.compile(layer, backend=backend, fullgraph=True, **options), seen
-
-
-def train(step, layer, x):
-    """y, all gradients, and the buffers after a pass."""
-    x = leaf(x)
-    y = step(x)
-    y.float().pow(3).sum().backward()
-    grads = [p.grad for p in layer.parameters()]
-    layer.zero_grad()
-    return [y.detach(), x.grad, *grads, *map(torch.clone, layer.buffers())]
 
 
 TRAINED = [
@@ -175,6 +145,24 @@ def test_compiled_training_is_eager_training(name, options, dynamic):
             # ε + |ε_l|, r and d are float32 operations outside the kernels.
             torch.testing.assert_close(fast, plain, rtol=1e-6, atol=1e-6)
     assert "normlab.normalize" in seen
+
+
+@pytest.mark.parametrize(("name", "options"), [*TRAINED, ("evonorm_b0", {})])
+def test_one_graph_for_all_sizes_of_a_batch(name, options):
+    """Also of a layer that a tracer is the first to see, whose pattern nothing has read before."""
+    if name == "ghost_batch":
+        pytest.skip("a batch is cut into as many parts as it has sub-batches")
+    partition.cache_clear()
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(build(name, options, 6), backend=backend, fullgraph=True, dynamic=True)
+    for samples in (4, 7, 16):
+        compiled(sample((samples, 6, 5, 3), dtype=torch.float32))
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("name", ["batch", "power", "moving_average_batch"])

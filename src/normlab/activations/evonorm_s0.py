@@ -15,7 +15,14 @@ from normlab.core.operation import Operation, Scale
 from normlab.core.partition import partition
 from normlab.kernels.cpu import maps
 from normlab.kernels.recompute import recomputed
-from normlab.kernels.reference import Moments, accumulated, deviation, masked, moments
+from normlab.kernels.reference import (
+    Moments,
+    accumulated,
+    counted,
+    deviation,
+    masked,
+    moments,
+)
 
 EvoNorm = Literal["evonorm"]
 
@@ -28,7 +35,7 @@ def spread(given: Moments, operation: Operation, eps: float, bessel: bool) -> Te
     assert given.moment is not None
     variance = given.moment
     if bessel:
-        size = torch.as_tensor(given.size, dtype=variance.dtype, device=variance.device)
+        size = counted(given.size, variance)
         variance = variance * (size / (size - 1).clamp(min=1))
     return deviation(variance, operation, eps)
 
@@ -149,7 +156,7 @@ class _Groups(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """γ/√(σ² + ε), β and v."""
         scale = self.deviation(variance).reciprocal().unsqueeze(2)
-        shape, groups = (len(mean), len(v)), (variance.shape[1], -1)
+        shape, groups = (mean.shape[0], v.shape[0]), (variance.shape[1], -1)
         weight = v.new_ones(()).expand_as(v) if weight is None else weight
         scale = (scale * weight.view(groups)).view(shape)
         return scale, v.new_zeros(()) if bias is None else bias, v

@@ -15,7 +15,7 @@ from normlab.core.operation import Operation
 from normlab.core.recovery import Affine
 from normlab.core.statistics import Running
 from normlab.kernels.hold import copied
-from normlab.kernels.reference import Moments
+from normlab.kernels.reference import Moments, counted
 
 Over = Literal["instance", "layer"]
 
@@ -109,7 +109,7 @@ class TaskNorm(LineNorm):
 
     def _to_store(self, given: Moments) -> dict[str, Tensor]:
         values = super()._to_store(given._replace(size=2))
-        size = torch.as_tensor(given.size).to(values["running_mean"])
+        size = counted(given.size, values["running_mean"])
         return {**values, "context_size": size.expand(values["running_mean"].shape)}
 
     def _stored(self) -> Maps:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
@@ -41,6 +41,7 @@ class Partition:
         areas: Names whose combinations do not share statistics.
         variables: Names of the variables that whitening decorrelates; None for other operations.
         members: Names over which statistics are taken.
+        shared: Whether all samples of a batch share the areas of their channels.
     """
 
     pattern: str
@@ -48,6 +49,12 @@ class Partition:
     areas: tuple[str, ...]
     variables: tuple[str, ...] | None
     members: tuple[str, ...]
+    # Not a cached property: what a tracer is the first to read, it has to trace the lock of.
+    shared: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        shared = all(self.role(name) == "channel" for name in self.areas)
+        object.__setattr__(self, "shared", shared)
 
     def __str__(self) -> str:
         return self.pattern
@@ -58,11 +65,6 @@ class Partition:
     def role(self, name: str) -> str:
         """Return ``"sample"``, ``"channel"`` or ``"position"``: the axis that `name` is part of."""
         return next(r for r, names in zip(_ROLES, self.axes, strict=True) if name in names)
-
-    @cached_property
-    def shared(self) -> bool:
-        """Whether all samples of a batch share the areas of their channels."""
-        return all(self.role(name) == "channel" for name in self.areas)
 
     def mixes_samples(self) -> bool:
         """Whether an area holds members of more than one sample."""

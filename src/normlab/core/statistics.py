@@ -195,9 +195,10 @@ class _AllReduce(torch.autograd.Function):
 def unbiased(moments: Moments) -> Tensor:
     """The variance with Bessel's correction m/(m − 1); areas of one member keep theirs."""
     assert moments.moment is not None
-    if isinstance(moments.size, int):
-        return moments.moment * (moments.size / max(moments.size - 1, 1))
-    size = moments.size.clamp(min=1)
+    size = moments.size
+    if not isinstance(size, Tensor):  # a number, or one that a tracer keeps open
+        return moments.moment * (size / max(size - 1, 1))
+    size = size.clamp(min=1)
     return moments.moment * (size / (size - 1).clamp(min=1))
 
 

@@ -16,7 +16,7 @@ from normlab.kernels import dispatch
 from normlab.kernels.cpu.function import observed
 from normlab.kernels.cpu.stored import blend
 from normlab.kernels.hold import copied
-from normlab.kernels.reference import Moments, deviation
+from normlab.kernels.reference import Moments, counted, deviation
 
 
 class StoringLayer(nn.Module):
@@ -254,7 +254,7 @@ class StoringLayer(nn.Module):
         for layout, moments in measured:
             values = per_area(moments)
             like = next(iter(values.values()))
-            present = torch.as_tensor(moments.size, device=like.device) >= self._least
+            present = counted(moments.size, like) >= self._least
             present = present.expand(like.shape)
             for name, value in values.items():
                 kept = layout.sum_stored(value.masked_fill(~present, 0))
@@ -313,7 +313,7 @@ class StoringLayer(nn.Module):
 
         def moments(given: Moments) -> dict[str, Tensor]:
             like = cast(Tensor, given.moment if given.moment is not None else given.mean)
-            size = torch.as_tensor(given.size, device=like.device, dtype=like.dtype)
+            size = counted(given.size, like)
             zero = torch.zeros_like(like)
             mean = zero if given.mean is None else given.mean
             moment = zero if given.moment is None else given.moment

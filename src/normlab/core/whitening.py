@@ -22,7 +22,7 @@ from normlab.core.stored import StoringLayer
 from normlab.kernels import dispatch, matrices, whiten
 from normlab.kernels.cpu.function import direct
 from normlab.kernels.hold import copied
-from normlab.kernels.reference import accumulated, masked
+from normlab.kernels.reference import accumulated, counted, masked
 from normlab.kernels.transforms import transformed
 from normlab.kernels.whiten import Covariance
 
@@ -264,7 +264,7 @@ class Whiten(StoringLayer):
         """Merge with what waits for `commit`: the statistics of the union of micro-batches."""
         if self._pooled is not None:
             found = whiten.pooled(self._union(), found)
-        size = torch.as_tensor(found.size, dtype=found.mean.dtype, device=found.mean.device)
+        size = counted(found.size, found.mean)
         within = () if found.within is None else (found.within,)
         self._pooled = (size, found.mean, found.matrix, *within)
 
@@ -296,7 +296,7 @@ class Whiten(StoringLayer):
         all_of = torch.cat(list(values.values()), -1)
         finite = all_of.isfinite().all(-1).all(-1).view(-1, 1, 1)
         # The covariance of a single member is 0 whatever the data are like.
-        present = (torch.as_tensor(found.size, device=all_of.device) >= 2).expand_as(finite)
+        present = (counted(found.size, all_of) >= 2).expand_as(finite)
         self.skipped_updates.add_((present & ~finite).sum() * all_of.shape[1])
         self.num_batches_tracked.add_(present.any())
         momentum = getattr(self.statistics, "momentum", None)

@@ -102,6 +102,21 @@ def compiled_for_cpu() -> bool:
     return not unwanted and library.load()[0] is not None
 
 
+def traced() -> ModuleType | None:
+    """Return the module of kernels as operations where a graph that may hold them is traced.
+
+    An exported program holds them only where they were asked for by name: other programs do not
+    know them.
+    """
+    if not torch.compiler.is_compiling() or _current in ("torch", "reference"):
+        return None
+    # Only now: its registration loads the compiler, which takes seconds.
+    from normlab.kernels.cpu import ops
+
+    wanted = _current == "cpu" or not torch.compiler.is_exporting()
+    return ops if wanted and ops.present() else None
+
+
 def covering(layout: Layout, operation: Operation, activation: str | None) -> ModuleType | None:
     """Return the family of kernels for a case, whatever its tensors, built or not; or None."""
     for family in FAMILIES:
@@ -121,8 +136,7 @@ def kernels_for(
 ) -> ModuleType | None:
     """Return the family of compiled kernels that computes this case, or None.
 
-    In a traced graph they stand as operations of torch, on CPUs. An exported program holds them
-    only where they were asked for by name: other programs do not know them.
+    In a traced graph they stand as operations of torch, on CPUs; see `traced`.
 
     Args:
         x: The input.
@@ -136,13 +150,8 @@ def kernels_for(
     Returns:
         A module with the functions `normalize` and `moments`.
     """
-    families = compiled()
-    if torch.compiler.is_compiling() and _current not in ("torch", "reference"):
-        # Only now: its registration loads the compiler, which takes seconds.
-        from normlab.kernels.cpu import ops
-
-        wanted = _current == "cpu" or not torch.compiler.is_exporting()
-        families = (ops,) if wanted and ops.present() else ()
+    operations = traced()
+    families = compiled() if operations is None else (operations,)
     if residual is not None:
         families = tuple(f for f in families if getattr(f, "ADDS", False))
         buffers = (*buffers, residual)

@@ -83,6 +83,14 @@ def members(
     return reduce(count) if reduce else count
 
 
+def counted(size: Tensor | int, like: Tensor) -> Tensor:
+    """A number of members as a tensor, of the dtype and device of another."""
+    if isinstance(size, Tensor):
+        return size.to(like)
+    # Not `torch.as_tensor`, with which a tracer would settle on one length.
+    return torch.full((), size, dtype=like.dtype, device=like.device)
+
+
 def divisor(size: Tensor | int) -> Tensor | int:
     """The number to divide sums by: areas without members have sums of 0, and means of 0."""
     # Not "if it is an int": in exported programs a length may be symbolic.

@@ -84,6 +84,8 @@ class _Call(ctypes.Structure):
 def supports(x: Tensor, parameters: Sequence[Tensor | None], mask: Tensor | None = None) -> bool:
     """Whether `fused` may be called: plain dense CPU tensors, no transform, compiled kernels.
 
+    In a traced graph these stand as operations of torch; see `map_ops`.
+
     Args:
         x: The input.
         parameters: Those of the layer.
@@ -92,12 +94,12 @@ def supports(x: Tensor, parameters: Sequence[Tensor | None], mask: Tensor | None
     Returns:
         Whether it may.
     """
-    return (
-        mask is None
-        and dispatch.compiled_for_cpu()
-        and x.numel() > 0
-        and function.readable(x, 0, (), parameters)
-    )
+    if mask is not None or x.numel() == 0:
+        return False
+    if dispatch.compiled_for_cpu():
+        return function.readable(x, 0, (), parameters)
+    traced = dispatch.traced()
+    return traced is not None and traced.map_ops.supports(x, parameters)
 
 
 def merged(mean: Tensor, variance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -128,6 +130,14 @@ def _walk(t: Tensor | None, layout: Layout, columns: bool) -> call.Walk:
     """The walk of a tensor, which has one."""
     found = t if t is None else call._walks(layout.shape, t.stride(), layout.channel_dim == -1)
     return found[columns] or (0, 0, 0) if found else (0, 0, 0)
+
+
+def _along(dy: Tensor, x: Tensor, layout: Layout, columns: bool) -> Tensor:
+    """dy in an order that is walked as x is, copied if it is not."""
+    walks = call._walks(layout.shape, dy.stride(), layout.channel_dim == -1)
+    if walks[columns] is None or dy.is_neg() or dy._is_zerotensor():
+        return call._like(x, layout, columns).copy_(dy)
+    return dy
 
 
 def _run(
@@ -187,9 +197,7 @@ class _Fused(torch.autograd.Function):
             dx, *slopes = function.derivatives(formula, (x, *parameters), asked, dy)
             return dx, None, *slopes
         x, columns = _placed(x, job.layout)  # hooks on saved tensors may have changed its order
-        walks = call._walks(job.layout.shape, dy.stride(), job.layout.channel_dim == -1)
-        if walks[columns] is None or dy.is_neg() or dy._is_zerotensor():
-            dy = call._like(x, job.layout, columns).copy_(dy)
+        dy = _along(dy, x, job.layout, columns)
         local = job.local if needs[0] else None
         through = needs[0] and local is None
         with torch.enable_grad():
@@ -249,20 +257,39 @@ def _by_operations(job: Job, x: Tensor | None, *parameters: Tensor | None) -> Te
     assert given.mean is not None
     assert given.moment is not None
     mean, variance = (t.reshape(len(x), -1) for t in (given.mean, given.moment))
+    widened = [None if p is None else p.to(mean.dtype) for p in parameters]
+    return curve(job.curve, layout, x, mean, job.middle(mean, variance, *widened)).to(x.dtype)
+
+
+def curve(
+    which: Curve, layout: Layout, x: Tensor, mean: Tensor | None, coefficients: Sequence[Tensor]
+) -> Tensor:
+    """f(x) in torch operations.
+
+    Args:
+        which: f; see `Job`.
+        layout: Bound to the shape of x.
+        x: The input.
+        mean: μ of each map, which only a ``"line"`` is about.
+        coefficients: Those of f, (N, C) or broadcast to it.
+
+    Returns:
+        y, in the dtype of statistics.
+    """
     n, c, _ = layout.lengths
     ones = [1] * (x.ndim - 2)
     shape = (n, c, *ones) if layout.channel_dim == 1 else (n, *ones, c)
-    widened = [None if p is None else p.to(mean.dtype) for p in parameters]
-    a, b, *more = (t.expand(n, c).reshape(shape) for t in job.middle(mean, variance, *widened))
+    a, b, *more = (t.expand(n, c).reshape(shape) for t in coefficients)
     z = reference.accumulated(x)
-    if job.curve == "line":
+    if which == "line":
+        assert mean is not None
         z = z - mean.reshape(shape)
-    elif job.curve == "gated":
+    elif which == "gated":
         z = z * torch.sigmoid(more[0] * z)
     else:
         v, d, s = more
         z = z / torch.maximum(d, v * z + s)
-    return torch.addcmul(b, z, a).to(x.dtype)
+    return torch.addcmul(b, z, a)
 
 
 def fused(
@@ -284,8 +311,12 @@ def fused(
     Returns:
         y in the dtype and memory order of x; μ and σ² of shape (N, areas), without gradient.
     """
+    job = Job(curve, layout, middle, groups, local)
+    traced = dispatch.traced()
+    if traced is not None:
+        found: tuple[Tensor, Tensor, Tensor] = traced.map_ops.fused(x, job, parameters)
+        return found
     # Copied out here, where autograd sees it: what is saved must have x as its history.
     x, _ = _placed(x, layout)
-    job = Job(curve, layout, middle, groups, local)
     y, mean, variance = _Fused.apply(x, job, *parameters)  # type: ignore[no-untyped-call]
     return y, mean, variance

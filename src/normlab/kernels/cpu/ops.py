@@ -3,70 +3,49 @@
 ``normlab::normalize``, ``normlab::normalize_backward`` and ``normlab::moments`` are functional:
 statistics are outputs, and stored ones are updated by the layer. They say in words what to compute
 (pattern, operation), so that a saved graph means the same anywhere. Where there are no kernels,
-they compute the closed form.
+they compute the closed form. `map_ops` has those of curves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from normlab.core.operation import Operation
-from normlab.core.partition import Layout, partition
+from normlab.core.partition import Layout
 from normlab.kernels import closed_form, reference
-from normlab.kernels.cpu import function, library
+from normlab.kernels.cpu import function, map_ops
 from normlab.kernels.cpu.function import WIDE, Job, Parameters
+from normlab.kernels.cpu.registered import (
+    CASE,
+    LIBRARY,
+    case_of,
+    define,
+    leaves,
+    like,
+    none,
+    operation_of,
+    present,
+    read,
+    traceable,
+)
 from normlab.kernels.reference import Moments, Spec
 
-# What follows the tensors in every schema: Π with lengths of split axes, Φ, and an activation.
-_CASE = (
-    "str pattern, str[] names, SymInt[] sizes, int channel_dim, bool shift, str about, float? p, "
-    "float factor, float eps, str? activation"
-)
+__all__ = ["ADDS", "map_ops", "moments", "normalize", "present", "supports"]
+
 _GIVEN = "Tensor? weight, Tensor? bias, Tensor? threshold, Tensor? learned_eps, Tensor? residual"
-_LIBRARY = torch.library.Library("normlab", "FRAGMENT")  # type: ignore[no-untyped-call]
 _SCHEMAS = (
-    f"moments(Tensor x, {_CASE}) -> (Tensor, Tensor)",
-    f"normalize(Tensor x, {_GIVEN}, Tensor? mean, Tensor? moment, {_CASE}, bool from_batch) "
+    f"moments(Tensor x, {CASE}) -> (Tensor, Tensor)",
+    f"normalize(Tensor x, {_GIVEN}, Tensor? mean, Tensor? moment, {CASE}, bool from_batch) "
     "-> (Tensor, Tensor, Tensor)",
-    f"normalize_backward(Tensor dy, Tensor x, {_GIVEN}, Tensor? mean, Tensor? moment, {_CASE}, "
+    f"normalize_backward(Tensor dy, Tensor x, {_GIVEN}, Tensor? mean, Tensor? moment, {CASE}, "
     "bool from_batch, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-_Case = tuple[Any, ...]
 ADDS = True
-
-
-def _case(layout: Layout, spec: Spec, eps: Tensor | float) -> _Case:
-    """The arguments that stand for Π, Φ and the activation."""
-    p, op = layout.partition, spec.operation
-    split = [name for axis in p.axes[:2] if len(axis) > 1 for name in axis]
-    lengths = dict(zip(layout.names, layout.split_shape, strict=False))
-    sizes = [lengths[name] for name in split]
-    number = 0.0 if isinstance(eps, Tensor) else float(eps)
-    order = None if op.p is None else float(op.p)
-    return (
-        p.pattern, split, sizes, layout.channel_dim, op.shift, op.about, order, float(op.factor),
-        number, spec.activation,
-    )  # fmt: skip
-
-
-def _read(x: Tensor, case: _Case) -> tuple[Layout, Spec]:
-    """Π bound to x, and the rest of the case."""
-    pattern, names, sizes, channel_dim, *_, activation = case
-    known = dict(zip(names, sizes, strict=True))
-    layout = partition(pattern).bind(x.shape, channel_dim=channel_dim, sizes=known)
-    return layout, Spec(layout.member_dims, _operation(case), activation)
-
-
-def _operation(case: _Case) -> Operation:
-    """Φ of the case."""
-    shift, about, p, factor, eps = case[4:9]
-    return Operation(shift=shift, about=about, p=p, eps=eps, factor=factor)
 
 
 def _shape(layout: Layout) -> list[int]:
@@ -76,7 +55,7 @@ def _shape(layout: Layout) -> list[int]:
 def _family(layout: Layout, spec: Spec, x: Tensor) -> ModuleType | None:
     from normlab.kernels import dispatch
 
-    if x.dtype not in function.DTYPES or library.load()[0] is None:
+    if x.dtype not in function.DTYPES or not present():
         return None
     return dispatch.covering(layout, spec.operation, spec.activation)
 
@@ -94,19 +73,8 @@ def _check(x: Tensor, layout: Layout, parameters: Parameters, residual: Tensor |
         )
 
 
-def _like(found: Tensor, x: Tensor) -> Tensor:
-    """A result in the order of memory that was announced: that of `torch.empty_like(x)`."""
-    y = torch.empty_like(x)
-    return found if found.stride() == y.stride() and found.dtype == x.dtype else y.copy_(found)
-
-
-def _none(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What stands for an output that there is not."""
-    return x.new_empty((0,), dtype=dtype)
-
-
 def _moments(x: Tensor, *case: Any) -> tuple[Tensor, Tensor]:
-    layout, spec = _read(x, case)
+    layout, spec = read(x, case)
     family = _family(layout, spec, x)
     if family is None:
         found = reference.moments(layout.split(x), spec.dims, spec.operation)
@@ -115,13 +83,13 @@ def _moments(x: Tensor, *case: Any) -> tuple[Tensor, Tensor]:
     mean, moment, _ = found
     dtype = WIDE.get(x.dtype, x.dtype)
     return (
-        _none(x, dtype) if mean is None else mean,
-        _none(x, dtype) if moment is None else moment,
+        none(x, dtype) if mean is None else mean,
+        none(x, dtype) if moment is None else moment,
     )
 
 
 def _fake_moments(x: Tensor, *case: Any) -> tuple[Tensor, Tensor]:
-    layout, (_, op, _) = _read(x, case)
+    layout, (_, op, _) = read(x, case)
     shape, dtype = _shape(layout), WIDE.get(x.dtype, x.dtype)
     return (
         x.new_empty(shape if op.uses_mean else (0,), dtype=dtype),
@@ -135,7 +103,7 @@ def _normalize(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     *case, from_batch = rest
-    layout, spec = _read(x, tuple(case))
+    layout, spec = read(x, tuple(case))
     _check(x, layout, (weight, bias, threshold), residual)
     number = case[8] if learned is None else learned.item()
     measured = mean is None and moment is None
@@ -155,9 +123,9 @@ def _normalize(
         y = layout.join(y)
     dtype = WIDE.get(x.dtype, x.dtype)
     return (
-        _like(y, x),
-        mean if measured and mean is not None else _none(x, dtype),
-        moment if measured and moment is not None else _none(x, dtype),
+        like(y, x),
+        mean if measured and mean is not None else none(x, dtype),
+        moment if measured and moment is not None else none(x, dtype),
     )
 
 
@@ -167,11 +135,11 @@ def _fake_normalize(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     case = rest[:-1]
-    _check(x, _read(x, case)[0], (weight, bias, threshold), residual)
+    _check(x, read(x, case)[0], (weight, bias, threshold), residual)
     if mean is None and moment is None:
         return torch.empty_like(x), *_fake_moments(x, *case)
     dtype = WIDE.get(x.dtype, x.dtype)
-    return torch.empty_like(x), _none(x, dtype), _none(x, dtype)
+    return torch.empty_like(x), none(x, dtype), none(x, dtype)
 
 
 def _backward(
@@ -180,7 +148,7 @@ def _backward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *case, from_batch, needs = rest
-    layout, spec = _read(x, tuple(case))
+    layout, spec = read(x, tuple(case))
     number = case[8] if learned is None else learned.item()
     family = _family(layout, spec, x)
     found: Sequence[Tensor | None]
@@ -192,14 +160,15 @@ def _backward(
         )
     else:
         job = Job(layout, spec, from_batch, closed_form)
-        given = (x, weight, bias, threshold, learned, residual)
-        found = function.differentiable(job, needs, dy, given, number, mean, moment)
+        inputs = leaves((x, weight, bias, threshold, learned, residual), needs)
+        with torch.no_grad():
+            found = function.differentiable(job, needs, dy, tuple(inputs), number, mean, moment)
     given = (x, weight, bias, threshold, learned, residual)
     dx, *slopes, dr = (
-        _none(x, x.dtype) if g is None or t is None or not need else g.to(t.dtype).view(t.shape)
+        none(x, x.dtype) if g is None or t is None or not need else g.to(t.dtype).view(t.shape)
         for g, t, need in zip(found, given, needs, strict=True)
     )
-    dx, dr = (_like(g, x) if g.numel() else g for g in (dx, dr))
+    dx, dr = (like(g, x) if g.numel() else g for g in (dx, dr))
     return dx, *slopes, dr
 
 
@@ -210,11 +179,11 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     needs = rest[-1]
     slopes = (
-        t.new_empty(t.shape) if t is not None and need else _none(x, x.dtype)
+        t.new_empty(t.shape) if t is not None and need else none(x, x.dtype)
         for t, need in zip((weight, bias, threshold, learned), needs[1:5], strict=True)
     )
-    dr = torch.empty_like(x) if needs[5] and residual is not None else _none(x, x.dtype)
-    return torch.empty_like(x) if needs[0] else _none(x, x.dtype), *slopes, dr
+    dr = torch.empty_like(x) if needs[5] and residual is not None else none(x, x.dtype)
+    return torch.empty_like(x) if needs[0] else none(x, x.dtype), *slopes, dr
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -222,7 +191,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     if mean is None and moment is None:
-        op = _operation(tuple(case))
+        op = operation_of(tuple(case))
         mean = output[1] if op.uses_mean else None
         moment = output[2] if op.p is not None else None
     ctx.case, ctx.from_batch = tuple(case), from_batch
@@ -240,7 +209,7 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     x, residual = given[0], given[5]
     needs = list(ctx.needs_input_grad[:6])
     if torch.is_grad_enabled():  # the gradient is itself differentiated
-        layout, spec = _read(x, ctx.case)
+        layout, spec = read(x, ctx.case)
         job = Job(layout, spec, ctx.from_batch, closed_form)
         found = function.differentiable(job, needs, dy, given, ctx.case[8], mean, moment)
         return *found, *rest
@@ -251,33 +220,38 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     return *(g if need else None for g, need in zip(out, needs, strict=True)), *rest
 
 
-for _schema, _name, _real, _fake in zip(
-    _SCHEMAS,
-    ("moments", "normalize", "normalize_backward"),
-    (_moments, _normalize, _backward),
-    (_fake_moments, _fake_normalize, _fake_backward),
-    strict=True,
-):
-    # In any order of memory, so that the compiler may choose one and need not copy.
-    _LIBRARY.define(_schema, tags=(torch.Tag.flexible_layout,))  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(_name, _real, "CPU")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"normlab::{_name}", cast(Any, _fake), lib=_LIBRARY)
+def _save_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, *ctx.case = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x)
+
+
+def _differentiate_moments(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    (x,) = ctx.saved_tensors
+    layout, spec = read(x, tuple(ctx.case))
+
+    def along(x: Tensor) -> Tensor:
+        found = reference.moments(layout.split(x), spec.dims, spec.operation)
+        pairs = zip(found[:2], grads, strict=True)
+        parts = [(m * g).sum() for m, g in pairs if m is not None and g is not None]
+        return torch.stack(parts).sum()
+
+    rest = (None,) * len(ctx.case)
+    if all(g is None for g in grads):
+        return None, *rest
+    one = torch.ones((), dtype=WIDE.get(x.dtype, x.dtype), device=x.device)
+    return *function.derivatives(along, (x,), ctx.needs_input_grad, one), *rest
+
+
+define(_SCHEMAS[0], _moments, _fake_moments)
+define(_SCHEMAS[1], _normalize, _fake_normalize)
+define(_SCHEMAS[2], _backward, _fake_backward)
 torch.library.register_autograd(
-    "normlab::normalize", _differentiate, setup_context=_save, lib=_LIBRARY
+    "normlab::normalize", _differentiate, setup_context=_save, lib=LIBRARY
 )
-
-
-# Tracers take the answers of these two, and do not look how they are found.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def present() -> bool:
-    """Whether kernels were built."""
-    return library.load()[0] is not None
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _transformed() -> bool:
-    """Whether a transform of `torch.func` is at work, which needs to see inside."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+torch.library.register_autograd(
+    "normlab::moments", _differentiate_moments, setup_context=_save_moments, lib=LIBRARY
+)
 
 
 def supports(
@@ -303,13 +277,8 @@ def supports(
     """
     from normlab.kernels import dispatch
 
-    tensors = [x, *[t for t in (*parameters, *buffers) if t is not None]]
     return (
-        not _transformed()
-        and forward_ad._current_level < 0
-        and x.dtype in function.DTYPES
-        and all(t.device.type == "cpu" for t in tensors)
-        and present()
+        traceable(x, (*parameters, *buffers))
         and dispatch.covering(layout, operation, activation) is not None
     )
 
@@ -325,7 +294,7 @@ def moments(x: Tensor, layout: Layout, spec: Spec) -> Moments:
     Returns:
         The moments, without gradient.
     """
-    mean, moment = torch.ops.normlab.moments(x.detach(), *_case(layout, spec, 0.0))
+    mean, moment = torch.ops.normlab.moments(x.detach(), *case_of(layout, spec, 0.0))
     op = spec.operation
     return Moments(
         mean if op.uses_mean else None, moment if op.p is not None else None, layout.members
@@ -363,10 +332,10 @@ def normalize(
         y, in the dtype and memory order of x, and the statistics used.
     """
     op = spec.operation
-    learned = eps if isinstance(eps, Tensor) else None
+    learned, case = eps if isinstance(eps, Tensor) else None, case_of(layout, spec, eps)
     used = (None, None) if given is None else (given.mean, given.moment)
     y, mean, moment = torch.ops.normlab.normalize(
-        x, weight, bias, threshold, learned, residual, *used, *_case(layout, spec, eps), from_batch
+        x, weight, bias, threshold, learned, residual, *used, *case, from_batch
     )
     if given is not None:
         return y, given
