@@ -4,8 +4,8 @@
     python benchmarks/everything.py --short    # `make bench-short`: two minutes, prints its tables
 
 Threads and allocator are fixed when a process starts, so each part is a process of its own: layers
-with one thread and with two, where there are two cores, training steps, accuracy in bfloat16, and
-what a call costs, which is printed alone.
+with one thread and with two, where there are two cores, training steps, accuracy in bfloat16, runs
+with `nl.Recorder`, and what a call costs, which is printed alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def parts(short: bool, out: Path, cores: int) -> list[list[str]]:
             for dtype in ("float32", "bfloat16")
             for layout in ("nchw", "channels_last")
         ]
-    lines.append(["accuracy.py"])
+    lines += [["accuracy.py"], ["recorder.py", *["--only", "mlp", "--rounds", "2"] * short]]
     recorded = [[*line, "--out", str(out)] for line in lines]
     return [[str(HERE / script), *words] for script, *words in [*recorded, ["overhead.py"]]]
 

@@ -485,3 +485,17 @@ def test_steps_of_no_such_case_are_refused(tmp_path):
     assert done.returncode == 2
     assert "no case is called 'agc'" in done.stderr
     assert "adaptive_clip" in done.stderr
+
+
+def test_runs_with_the_recorder(tmp_path):
+    done = command("--tiny", "--rounds", "1", "--out", tmp_path, script="recorder.py")
+    assert done.returncode == 0, done.stderr
+    (data,) = tmp_path.glob("recorder-*.json")
+    record = json.loads(data.read_text())
+    assert [row["case"] for row in record["rows"]] == ["resnet20", "mlp"]
+    for row in record["rows"]:
+        assert row["moments"] >= 1
+        assert row["ratio"] > 0
+        assert len(row["ratios"]) == 1
+    assert "these times say nothing" in data.with_suffix(".md").read_text(encoding="utf-8")
+    assert "no case is called vgg" in command("--only", "vgg", script="recorder.py").stderr

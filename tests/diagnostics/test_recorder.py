@@ -97,6 +97,7 @@ def test_schedule():
     costly.spent += 1e6  # as if it had taken long
     train(costly.model, costly, 3)
     assert max(m.step for m in costly.moments) < 3
+    assert costly.overhead > 0.05
     few = nl.Recorder(network(), every=1, share=1.0, keep=4)
     train(few.model, few, 12)
     assert len(few.moments) < 4
@@ -159,3 +160,104 @@ def test_json_of_what_is_not_finite():
     (one,) = json.loads(json.dumps(recorder.to_json(), allow_nan=False))
     assert one["loss"] == "nan"
     assert one["gap"]["0"] == "inf"
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr("normlab.diagnostics.recorder.time.perf_counter", lambda: self.now)
+
+    def run(self, recorder, steps, training, recording):
+        """Steps that take `training` seconds, and `recording` more where they are recorded."""
+        for _ in range(steps):
+            step = recorder.step()
+            with step:
+                self.now += training
+                if step.chosen:
+                    step._cost += recording
+                    self.now += recording
+
+
+@pytest.mark.parametrize("recording", [0.001, 0.3, 5.0])
+def test_the_share_is_kept_at_every_step_after_the_first_moment(monkeypatch, recording):
+    """Not only in the long run: a moment is left out if it would go beyond the share."""
+    clock = Clock(monkeypatch)
+    recorder = nl.Recorder(network(), every=1, keep=10_000)
+    clock.now += 1e6  # building and loading is not training
+    clock.run(recorder, 1, 0.1, recording)
+    seen = []
+    for _ in range(2000):
+        before = len(recorder.moments)
+        clock.run(recorder, 1, 0.1, recording)
+        if len(recorder.moments) > before:
+            seen.append(recorder.overhead)
+    assert seen
+    assert max(seen) <= 0.05 + 1e-9
+    # As often as the share allows.
+    allowed = 0.05 * (clock.now - 1e6 - 1000) / recording
+    assert len(seen) >= min(1999, allowed - 2)
+
+
+def test_no_limit(monkeypatch):
+    clock = Clock(monkeypatch)
+    recorder = nl.Recorder(network(), every=1, share=1.0)
+    clock.run(recorder, 50, 0.1, 100.0)
+    assert len(recorder.moments) == 50
+
+
+def test_compiled_models_are_not_compiled_again():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(1)
+        return graph.forward
+
+    counts = []
+    for every in (1000, 2):
+        torch._dynamo.reset()
+        compiled.clear()
+        plain = network()
+        model = torch.compile(plain, backend=backend)
+        with torch.no_grad():
+            model(torch.randn(16, 4))  # so that the first step, too, finds it compiled
+        recorder = nl.Recorder(model, every=every, share=1.0)
+        train(model, recorder, 30)
+        counts.append(len(compiled))
+    assert counts[1] <= counts[0]
+    assert len(recorder.moments) == 15
+    assert set(recorder.moments[0].weight) == {"0", "3", "5"}  # names of checkpoints
+    assert set(recorder.moments[0].variance) == {"1", "4"}
+
+
+def test_a_compiled_step_counts_as_a_whole(monkeypatch):
+    clock = Clock(monkeypatch)
+    recorder = nl.Recorder(torch.compile(network(), backend="eager"), every=1)
+    clock.run(recorder, 1, 0.1, 0.0)
+    assert recorder.spent == pytest.approx(0.1)
+
+
+def test_no_hook_and_no_tensor_on_steps_that_are_not_chosen():
+    model = network()
+    recorder = nl.Recorder(model, every=2, share=1.0)
+    for chosen in (True, False, True):
+        with recorder.step():
+            hooked = [bool(m._forward_hooks) for m in model]
+            assert hooked == [False, chosen, False, False, chosen, False]
+
+
+def test_inputs_without_batch_and_in_other_formats_do_not_stop_training():
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4))
+    recorder = nl.Recorder(model, every=1, share=1.0)
+    with recorder.step() as step:
+        step.loss = model(torch.randn(4)).sum()
+    assert recorder.moments[0].variance == {}
+    half = nn.Sequential(nn.BatchNorm1d(4)).bfloat16()
+    recorder = nl.Recorder(half, every=1, share=1.0)
+    x = (torch.randn(64, 4) + 100).bfloat16()
+    with recorder.step():
+        half(x)
+    exact = float(x.double().var(0, correction=0).mean())
+    # float32 beside an offset of 100
+    assert recorder.moments[0].variance["0"] == pytest.approx(exact, rel=1e-4)

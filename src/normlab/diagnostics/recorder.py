@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from normlab.core.stored import StoringLayer, keeps_statistics
-from normlab.core.structure import plain
-from normlab.diagnostics.watch import by_channel, channel_dim, watched
+from normlab.core.structure import inner, plain
+from normlab.diagnostics.watch import channel_dim, watched
 from normlab.weights import units
 
 
@@ -56,13 +58,17 @@ class Recorder:
     With Lightning, ``Trainer(callbacks=[recorder.callback()])``.
 
     Only chosen steps are looked at; all others cost a comparison. A step is chosen when `every`
-    steps have passed and the time spent on recording is within `share` of the time since the
-    start, so that an expensive model is looked at less often.
+    steps have passed and what recording has cost so far, with the cost of one more moment, is
+    within `share` of the time since the first step began, so that an expensive model is looked at
+    less often. The first moment is recorded whatever it costs.
+
+    What `torch.compile` made runs as it is written on the steps that are looked at, since hooks
+    would have it compiled anew each time; all of such a step counts as recording.
 
     Args:
         model: Any module; it is not changed.
         every: Least distance between recorded steps.
-        share: Most of the time that recording may take; 0.05 by default.
+        share: Most of the time that recording may take; 0.05 by default, 1 for no limit.
         keep: Most moments to keep; when they are full, every second one goes and `every` doubles.
 
     Raises:
@@ -87,24 +93,34 @@ class Recorder:
                 f"every is at least 1, share in (0, 1], keep at least 2; received {every}, {share} "
                 f"and {keep}"
             )
-        self.model, self.every, self.share, self.keep = model, every, share, keep
+        self.model, self.every, self.share, self.keep = inner(model), every, share, keep
+        self._compiled = _is_compiled(model)
         self.moments: list[Moment] = []
         self.steps = 0
         self.spent = 0.0
-        self._begun = time.perf_counter()
+        self._begun = math.nan
+        self._dearest = 0.0
         self._last = -every
         self._open: _Step | None = None
 
     @property
     def overhead(self) -> float:
-        """Share of the time since the start that recording took."""
-        return self.spent / max(time.perf_counter() - self._begun, 1e-9)
+        """Share of the time since the first step began that recording took; 0 before it."""
+        return self.spent / self._elapsed() if self.steps else 0.0
+
+    def _elapsed(self) -> float:
+        return max(time.perf_counter() - self._begun, 1e-9)
+
+    def _affordable(self) -> bool:
+        if not self.moments or self.share == 1:
+            return True
+        return self.spent + self._dearest <= self.share * self._elapsed()
 
     def step(self, lr: float | None = None) -> _Step:
         """Watch one training step: enter before the forward pass, leave after the backward pass."""
-        due = self.steps - self._last >= self.every
-        affordable = not self.moments or self.overhead <= self.share
-        chosen = due and affordable
+        if not self.steps:
+            self._begun = time.perf_counter()
+        chosen = self.steps - self._last >= self.every and self._affordable()
         step = _Step(self, self.steps, lr, chosen)
         if chosen:
             self._last = self.steps
@@ -166,40 +182,46 @@ class _Step:
     def __init__(self, recorder: Recorder, number: int, lr: float | None, chosen: bool) -> None:
         self.recorder, self.number, self.lr, self.chosen = recorder, number, lr, chosen
         self.loss: Tensor | float = math.nan
-        self._variance: dict[str, float] = {}
-        self._gap: dict[str, float] = {}
-        self._hooks: Any = None
+        if chosen:
+            self._cost = self._begun = 0.0
+            self._around = contextlib.ExitStack()
+            self._variance: dict[str, Tensor] = {}
+            self._gap: dict[str, Tensor] = {}
 
     def __enter__(self) -> _Step:
         if self.chosen:
-            start = time.perf_counter()
-            self._hooks = watched(self.recorder.model, self._see)
-            self._hooks.__enter__()
-            self.recorder.spent += time.perf_counter() - start
+            self._begun = time.perf_counter()
+            with contextlib.ExitStack() as stack:
+                if "torch._dynamo" in sys.modules:  # it would compile anew for the hooks, each time
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(watched(self.recorder.model, self._see, only=_normalizes))
+                self._around = stack.pop_all()
+            self._cost += time.perf_counter() - self._begun
         return self
 
     def __exit__(self, *error: object) -> None:
         if not self.chosen:
             return
         start = time.perf_counter()
-        self._hooks.__exit__(None, None, None)
+        self._around.close()
         if error[0] is None:
             self.recorder._add(self._moment())
-        self.recorder.spent += time.perf_counter() - start
+        end = time.perf_counter()
+        # What a compiled model loses by running as it is written is not known: all of the step.
+        self._cost = end - self._begun if self.recorder._compiled else self._cost + end - start
+        self.recorder.spent += self._cost
+        self.recorder._dearest = max(self.recorder._dearest, self._cost)
 
-    @torch.no_grad()
     def _see(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        if not isinstance(module, _NORMALIZERS) and not keeps_statistics(module):
-            return
         start = time.perf_counter()
-        rows = by_channel(x.detach(), channel_dim(module, x)).float()
-        variance = rows.var(1, correction=0)
-        self._variance[name] = float(variance.mean())
-        kept = dict(module.named_buffers(recurse=False)).get("running_var")
-        if kept is not None and kept.numel() == variance.numel():
-            ratio = (kept.float().reshape(-1) / variance).log().abs()
-            self._gap[name] = float(ratio.max().exp())
-        self.recorder.spent += time.perf_counter() - start
+        if x.ndim > 1:
+            with torch.no_grad():
+                self._variance[name] = variance = _variances(x.detach(), channel_dim(module, x))
+                kept = module._buffers.get("running_var")
+                if kept is not None and kept.numel() == variance.numel():
+                    ratio = (kept.to(variance).reshape(-1) / variance).log().abs()
+                    self._gap[name] = ratio.max().exp()
+        self._cost += time.perf_counter() - start
 
     @torch.no_grad()
     def _moment(self) -> Moment:
@@ -214,7 +236,27 @@ class _Step:
             if self.lr is not None and weight[name]:
                 rate[name] = self.lr / weight[name] ** 2
         loss = float(self.loss.detach() if isinstance(self.loss, Tensor) else self.loss)
-        return Moment(self.number, loss, self._variance, self._gap, weight, gradient, rate)
+        # Read out only now, so that a device does not wait within the forward pass.
+        variance = {name: float(v.mean()) for name, v in self._variance.items()}
+        gap = {name: float(g) for name, g in self._gap.items()}
+        return Moment(self.number, loss, variance, gap, weight, gradient, rate)
+
+
+def _variances(x: Tensor, dim: int) -> Tensor:
+    """Variance of each channel, in float32 at least; `torch.var` takes several times as long."""
+    x = x if x.dtype == torch.float64 else x.float()
+    members = [axis for axis in range(x.ndim) if axis != dim % x.ndim]
+    centred = x - x.mean(members, keepdim=True)
+    return centred.square_().mean(members)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has been asked for a model or a part of it."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules())
+
+
+def _normalizes(name: str, module: nn.Module) -> bool:
+    return isinstance(module, _NORMALIZERS) or keeps_statistics(module)
 
 
 _NORMALIZERS = (
