@@ -5,12 +5,14 @@ import math
 
 import pytest
 
+from normlab.bench.plan import Plan
+from normlab.bench.recipe import Condition, Recipe
 from normlab.bench.records import Record, Store
 from normlab.claims import binary_networks, ic, ledger, optimization
 from normlab.claims.claim import Claim, Paper
 from normlab.claims.experiments import EXPERIMENTS, command, options, seeds
-from normlab.claims.protocols import Arms, Compared, Measured
-from normlab.claims.rules import Exact, Greater
+from normlab.claims.protocols import Across, Arms, Compared, Measured
+from normlab.claims.rules import Correlated, Exact, Greater
 from normlab.cli import main
 
 PAPER = Paper("mine", "A title", "Someone", 2020, "2000.00000")
@@ -85,35 +87,92 @@ def test_records_are_not_trusted(records):
     assert one.judge("cpu").verdict == "open"  # another protocol's
 
 
-def test_comparisons_are_read_from_their_store(records, capsys, monkeypatch):
-    EXPERIMENTS["tiny"] = (
+@pytest.fixture
+def tiny(monkeypatch):
+    """A comparison of seconds."""
+    monkeypatch.setitem(EXPERIMENTS, "tiny", (
         "Tiny", "--normalizers none batch --network mlp --epochs 0.1 --tune-epochs 0.1 --lrs 0.1 "
         "--points 1 --train-limit 100 --seeds 2",
-    )  # fmt: skip
-    try:
-        protocol = Compared("tiny", lambda arms: {"d": arms("batch", "b64-n64-iid")
-                                                  - arms("none", "b64-n64-iid")})  # fmt: skip
-        one = Claim("two", PAPER, "Says so.", "much", "large", protocol, Greater("d"))
-        assert protocol.seeds("cpu") == 2
-        assert protocol.seeds("gpu") == 0
-        assert one.judge("cpu").verdict == "open"
-        protocol.run(one, "cpu", lambda text: None)
-        assert capsys.readouterr().out == ""  # --json prints JSON alone
-        monkeypatch.setattr("normlab.cli.main", None)
-        protocol.run(one, "cpu", lambda text: None)  # nothing is missing
-        judged = one.judge("cpu")
-        assert judged.n == 2
-        assert len(judged.records) == 4  # two arms, two seeds
-        assert all((records / name).is_file() for name in judged.records)
-        stored = json.loads((records / "tiny" / "comparison.json").read_text())
-        means = {a["normalizer"]: a["accuracy"]["mean"] for a in stored["arms"]}
-        assert judged.effect == pytest.approx(100 * (means["batch"] - means["none"]))
-        along = Compared("tiny", lambda arms: {"d": arms.along("batch", "b64-n64-iid")[-1]})
-        last = next(a["curves"] for a in stored["arms"] if a["normalizer"] == "batch")
-        found = [o.values["d"] for o in along.read(one, "cpu")]
-        assert found == pytest.approx([100 * c["valid_accuracy"][-1] for c in last])
-    finally:
-        del EXPERIMENTS["tiny"]
+    ))  # fmt: skip
+
+
+def test_comparisons_are_read_from_their_store(records, capsys, monkeypatch, tiny):
+    protocol = Compared("tiny", lambda arms: {"d": arms("batch", "b64-n64-iid")
+                                              - arms("none", "b64-n64-iid")})  # fmt: skip
+    one = Claim("two", PAPER, "Says so.", "much", "large", protocol, Greater("d"))
+    assert protocol.seeds("cpu") == 2
+    assert protocol.seeds("gpu") == 0
+    assert one.judge("cpu").verdict == "open"
+    protocol.run(one, "cpu", lambda text: None)
+    assert capsys.readouterr().out == ""  # --json prints JSON alone
+    monkeypatch.setattr("normlab.cli.main", None)
+    protocol.run(one, "cpu", lambda text: None)  # nothing is missing
+    judged = one.judge("cpu")
+    assert judged.n == 2
+    assert len(judged.records) == 4  # two arms, two seeds
+    assert all((records / name).is_file() for name in judged.records)
+    stored = json.loads((records / "tiny" / "comparison.json").read_text())
+    means = {a["normalizer"]: a["accuracy"]["mean"] for a in stored["arms"]}
+    assert judged.effect == pytest.approx(100 * (means["batch"] - means["none"]))
+    along = Compared("tiny", lambda arms: {"d": arms.along("batch", "b64-n64-iid")[-1]})
+    last = next(a["curves"] for a in stored["arms"] if a["normalizer"] == "batch")
+    found = [o.values["d"] for o in along.read(one, "cpu")]
+    assert found == pytest.approx([100 * c["valid_accuracy"][-1] for c in last])
+
+
+def written(folder, accuracies):
+    """Records of a comparison of two normalizers, by hand: accuracies of two seeds each."""
+    store, recipe = Store(folder), Recipe(lrs=(0.1,))
+    plan = Plan("fashion-mini", "-", "mlp", tuple(accuracies), "batch", (Condition(),), (0, 1),
+                recipe)  # fmt: skip
+    plan.save(store)
+    for normalizer, condition in plan.arms():
+        for spec in plan.finals(normalizer, condition, 0.1):
+            store.append(spec.id, {"event": "start", "spec": spec.as_dict()})
+            end = {"outcome": "finished", "test_accuracy": accuracies[normalizer][spec.seed]}
+            store.append(spec.id, {"event": "end", **end})
+
+
+TINY = {"none": (0.25, 0.5), "batch": (0.5, 1.0)}
+
+
+def test_a_comparisons_records_are_read_once(records, monkeypatch, tiny):
+    written(records / "tiny", TINY)
+    effect = Compared("tiny", lambda arms: {"d": arms("batch", "b64-n64-iid")})
+    one = Claim("two", PAPER, "Says so.", "much", "large", effect, Greater("d"))
+    read, seen = Store.read, []
+
+    def count(self, run_id):
+        seen.append(run_id)
+        return read(self, run_id)
+
+    monkeypatch.setattr(Store, "read", count)
+    assert one.judge("cpu") == one.judge("cpu")
+    assert len(seen) == len(set(seen)) == 4
+    assert one.judge("cpu").effect == 75
+    path = records / one.judge("cpu").records[0]
+    path.write_text(path.read_text().replace('"test_accuracy": 0.5', '"test_accuracy": 0.75'))
+    assert one.judge("cpu").effect == 87.5  # what has changed is read again
+
+
+def test_arms_as_repetitions(records, tiny):
+    compared = Compared(
+        "tiny", lambda arms: {name: arms(name, "b64-n64-iid") for name in ("none", "batch")}
+    )
+    start = Measured(lambda scale, place: {"start": place}, {"cpu": 2}, {"cpu": "places"},
+                     gives=frozenset({"start"}))  # fmt: skip
+    protocol = Across(compared, start, ("none", "batch"), "reached")
+    rule = Correlated("start", "reached")
+    one = Claim("three", PAPER, "Says so.", "much", "large", protocol, rule)
+    assert (protocol.seeds("cpu"), protocol.seeds("gpu"), protocol.text("gpu")) == (2, 0, "")
+    assert one.judge("cpu").verdict == "open"
+    start.run(one, "cpu", lambda text: None)
+    assert one.judge("cpu").n == 0  # the comparison's part is missing
+    written(records / "tiny", TINY)
+    protocol.run(one, "cpu", lambda text: None)  # nothing is
+    found = [seen.values for seen in protocol.read(one, "cpu")]
+    assert found == [{"start": 0, "reached": 37.5}, {"start": 1, "reached": 75}]
+    assert "claims/mine/three.cpu.jsonl" in one.judge("cpu").records
 
 
 def test_one_bit_networks_are_read_from_their_store(records):
@@ -233,9 +292,10 @@ def test_interrupted_runs_keep_what_is_done(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "one", [c for c in ledger().values() if isinstance(c.protocol, Measured)], ids=lambda c: c.id
 )
-def test_every_measurement_runs(one):
-    """The smoke scale: seconds each, and every number is finite."""
+def test_every_measurement_runs(one, capfd):
+    """The smoke scale: seconds each, nothing but JSON on stdout, and every number is finite."""
     one.protocol.run(one, "smoke", lambda text: None)
+    assert capfd.readouterr().out == ""
     found = one.protocol.read(one, "smoke")
     assert len(found) == one.protocol.seeds("smoke")
     assert all(math.isfinite(v) for seen in found for v in seen.values.values())
@@ -260,10 +320,11 @@ def test_comparisons_name_their_arms():
             return [self(normalizer, condition)] * 2
 
     for one in ledger().values():
-        if isinstance(one.protocol, Compared):
+        protocol = getattr(one.protocol, "compared", one.protocol)
+        if isinstance(protocol, Compared):
             asked = set()
-            one.protocol.effect(Asked({}, 0))
-            words = split_lists(command(one.protocol.experiment, "unused"))
+            protocol.effect(Asked({}, 0))
+            words = split_lists(command(protocol.experiment, "unused"))
             planned = tyro.cli(Compare, args=words[1:])
             conditions = {condition.id for condition in planned.conditions()}
             assert asked
@@ -288,9 +349,15 @@ def test_json_of_what_is_not_finite(capsys, monkeypatch, tmp_path):
     assert main(["claims", "report", "--out", str(tmp_path / "page.html")]) == 0
 
 
-def test_a_comparison_runs_at_smoke_scale(capsys):
-    """One stands for all: the others differ in their options, which another test parses."""
-    words = ["filter_response/one-sample", "--scale", "smoke", "--json"]
-    assert main(["claims", "run", *words]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
-    assert (row["verdict"], row["n"]) == ("not reproduced", 1)  # one seed decides nothing
+@pytest.mark.parametrize(
+    ("kind", "name", "n"),
+    [(Measured, "kalman/mixture", 2), (Compared, "filter_response/one-sample", 1),
+     (binary_networks.TwoStages, "binary/needs-its-parts", 2)],
+)  # fmt: skip
+def test_each_kind_of_protocol_runs_at_smoke_scale(kind, name, n, capfd):
+    """One stands for its kind, and prints JSON alone, from worker processes too."""
+    assert isinstance(ledger()[name].protocol, kind)
+    assert main(["claims", "run", name, "--scale", "smoke", "--json"]) == 0
+    (row,) = json.loads(capfd.readouterr().out)
+    assert row["n"] == n
+    assert row["verdict"] == "reproduced" or row["undecided"]  # a seed or two decide nothing

@@ -5,7 +5,17 @@ import math
 import pytest
 from scipy import stats
 
-from normlab.claims.rules import Each, Equal, Exact, Greater, NotLess, interval, repetitions
+from normlab.claims.rules import (
+    Correlated,
+    Each,
+    Equal,
+    Exact,
+    Greater,
+    NotLess,
+    interval,
+    keys,
+    repetitions,
+)
 
 
 def values(*numbers, key="d"):
@@ -111,3 +121,45 @@ def test_several_conditions_say_which():
     assert judged.why.startswith("a: reproduced; b: undecided: the interval reaches across 0")
     assert not judged.undecided  # partly
     assert Each((Greater("b"),)).judge(rows).undecided
+
+
+def pairs(x, y):
+    return [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
+
+
+def test_correlation():
+    x, y = [3, 1, 4, 1, 5, 9, 2, 6], [2.0, 1.0, 3.5, 0.5, 6.0, 5.0, 2.0, 8.0]
+    rho = stats.pearsonr(stats.rankdata(x), stats.rankdata(y)).statistic  # ranks, by their mean
+    z, se = math.atanh(rho), math.sqrt((1 + rho**2 / 2) / 5)
+    judged = Correlated("x", "y").judge(pairs(x, y))
+    assert (judged.verdict, judged.n) == ("reproduced", 8)
+    ends = stats.norm.interval(0.95, z, se)
+    # 1.96 has seven digits
+    assert (judged.effect, judged.low, judged.high) == pytest.approx(
+        (rho, math.tanh(ends[0]), math.tanh(ends[1])), rel=1e-6
+    )
+    assert Correlated("x", "y", sign=-1).judge(pairs(x, y)).verdict == "contradicted"
+    assert keys(Correlated("x", "y")) == {"x", "y"}
+
+
+def test_correlation_undecided():
+    judged = Correlated("x", "y").judge(pairs([1, 2, 3, 4, 5], [1, 3, 2, 5, 0]))
+    assert (judged.verdict, judged.undecided) == ("not reproduced", True)
+    rho = judged.effect
+    count = int(judged.why.split()[-2])
+    reach = {n: 1.96 * math.sqrt((1 + rho**2 / 2) / (n - 3)) for n in (count - 1, count)}
+    assert reach[count] < abs(math.atanh(rho)) <= reach[count - 1]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "verdict", "undecided"),
+    [
+        ([1, 2, 3], [1, 2, 3], "not reproduced", True),  # too few for an interval
+        ([1, 2, 3, 4], [1, 2, 3, 4], "reproduced", False),
+        ([1, 1, 1, 1], [1, 2, 3, 4], "not reproduced", False),
+        ([1, 2, math.nan, 4], [1, 2, 3, 4], "not reproduced", False),
+    ],
+)
+def test_correlation_at_its_ends(x, y, verdict, undecided):
+    judged = Correlated("x", "y").judge(pairs(x, y))
+    assert (judged.verdict, judged.undecided) == (verdict, undecided)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ class Measured:
         repetitions: Seeds for each scale; a scale that is missing has none.
         sizes: What is done at each scale, in words.
         first: The first seed; one that is done again with new repetitions has others.
+        gives: Names of the values; by default those that the rule decides from.
     """
 
     measure: Measure
     repetitions: Mapping[Scale, int]
     sizes: Mapping[Scale, str]
     first: int = 0
+    gives: frozenset[str] | None = None
 
     def text(self, scale: Scale) -> str:
         """Say in words what is done at that scale."""
@@ -49,6 +52,7 @@ class Measured:
     def read(self, claim: Claim, scale: Scale) -> list[Observation]:
         """Read the observations on record; lines that are torn or of another version are none."""
         path = _file(claim, scale)
+        needed = keys(claim.rule) if self.gives is None else self.gives
         found: dict[int, Observation] = {}
         for line in read_lines(path):
             values = line.get("values")
@@ -58,7 +62,7 @@ class Measured:
             if type(seed) is not int or seed not in self._seeds(scale):
                 continue
             numbers = {k: _number(v) for k, v in values.items()}
-            if None in numbers.values() or not keys(claim.rule) <= numbers.keys():
+            if None in numbers.values() or not needed <= numbers.keys():
                 continue
             record = f"claims/{path.parent.name}/{path.name}"
             found[seed] = Observation(seed, cast(dict[str, float], numbers), (record,))
@@ -226,3 +230,48 @@ class Compared:
 
     def _place(self, scale: Scale) -> Path:
         return place(self.experiment, scale)
+
+
+@dataclass(frozen=True)
+class Across:
+    """Arms of a comparison are the repetitions: what each reached, beside what is measured of it.
+
+    Attributes:
+        compared: The comparison; its effect is that of a seed, and says what every arm reached.
+        measured: Of the arm whose place among `arms` is the seed; one repetition for each.
+        arms: Names of values of the effect, one for each arm.
+        reached: Name of the value that is their mean over the comparison's seeds.
+    """
+
+    compared: Compared
+    measured: Measured
+    arms: tuple[str, ...]
+    reached: str
+
+    def text(self, scale: Scale) -> str:
+        """Say in words what is done at that scale."""
+        if not self.seeds(scale):
+            return ""
+        return f"{self.compared.text(scale)}; {self.measured.text(scale)}"
+
+    def seeds(self, scale: Scale) -> int:
+        """How many arms there are; 0 where the comparison has no such scale."""
+        return min(self.measured.seeds(scale), len(self.arms) * self.compared.seeds(scale))
+
+    def read(self, claim: Claim, scale: Scale) -> list[Observation]:
+        """Read the arms of which both are on record; none before all seeds have ended."""
+        runs = self.compared.read(claim, scale)
+        if len(runs) < self.compared.seeds(scale):
+            return []
+        records = tuple(name for one in runs for name in one.records)
+        found = []
+        for one in self.measured.read(claim, scale):
+            reached = statistics.fmean(run.values[self.arms[one.seed]] for run in runs)
+            values = {**one.values, self.reached: reached}
+            found.append(Observation(one.seed, values, (*one.records, *records)))
+        return found
+
+    def run(self, claim: Claim, scale: Scale, progress: Callable[[str], None]) -> None:
+        """Make what is missing of both."""
+        self.compared.run(claim, scale, progress)
+        self.measured.run(claim, scale, progress)

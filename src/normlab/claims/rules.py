@@ -109,45 +109,53 @@ def repetitions(mean: float, half: float, n: int, border: float) -> int | None:
     return None
 
 
-def _by_interval(
+def _over(
     values: Sequence[float], borders: Sequence[float], verdict_at: Callable[[float], Verdict]
 ) -> Judgement:
-    """The verdict of where the interval lies between the rule's borders.
-
-    Args:
-        values: One for each repetition; a single one decides nothing.
-        borders: In ascending order; an interval that reaches across one decides nothing.
-        verdict_at: The verdict of an effect that were known exactly.
-    """
+    """The verdict of a mean and its interval; a single repetition decides nothing."""
+    n = len(values)
     mean, low, high = interval(values)
-    if not math.isfinite(low + high):
-        why = "a repetition gave no finite number"
-        return Judgement("not reproduced", mean, low, high, len(values), why=why)
-    between = [border for border in borders if low <= border <= high]
-    words = {verdict_at(low), verdict_at(high), *map(verdict_at, between)}
-    if len(values) > 1 and "reproduced" not in words and "not reproduced" in words:
-        why = f"the effect falls short of {max(borders):g}"
-        return Judgement("not reproduced", mean, low, high, len(values), why=why)
-    if len(values) > 1 and len(words) == 1:
-        return Judgement(words.pop(), mean, low, high, len(values))
-    return Judgement(
-        "not reproduced", mean, low, high, len(values),
-        why=_too_few(mean, high - mean, len(values), between), undecided=True,
+    if n < 2:
+        why = "undecided: one repetition has no interval"
+        return Judgement("not reproduced", mean, low, high, n, why=why, undecided=True)
+    return _by_interval(
+        (mean, low, high, n), borders, verdict_at,
+        lambda border: repetitions(mean, high - mean, n, border),
     )  # fmt: skip
 
 
-def _too_few(mean: float, half: float, n: int, between: Sequence[float]) -> str:
-    """Why an interval that reaches across borders decides nothing, and what would."""
-    if n < 2:
-        return "undecided: one repetition has no interval"
+def _by_interval(
+    found: tuple[float, float, float, int],
+    borders: Sequence[float],
+    verdict_at: Callable[[float], Verdict],
+    enough: Callable[[float], int | None],
+) -> Judgement:
+    """The verdict of where an interval lies between the rule's borders.
+
+    Args:
+        found: Effect, lower and upper end, n.
+        borders: In ascending order; an interval that reaches across one decides nothing.
+        verdict_at: The verdict of an effect that were known exactly.
+        enough: How many repetitions would keep the interval off a border.
+    """
+    effect, low, high, n = found
+    if not math.isfinite(low + high):
+        why = "a repetition gave no finite number"
+        return Judgement("not reproduced", effect, low, high, n, why=why)
+    between = [border for border in borders if low <= border <= high]
+    words = {verdict_at(low), verdict_at(high), *map(verdict_at, between)}
+    if "reproduced" not in words and "not reproduced" in words:
+        why = f"the effect falls short of {max(borders):g}"
+        return Judgement("not reproduced", effect, low, high, n, why=why)
+    if len(words) == 1:
+        return Judgement(words.pop(), effect, low, high, n)
     across = " and ".join(f"{border:g}" for border in between)
-    nearest = min(between, key=lambda border: abs(border - mean))
-    enough = repetitions(mean, half, n, nearest)
-    count = "more than 1000" if enough is None else f"{enough}"
-    return (
+    count = enough(min(between, key=lambda border: abs(border - effect)))
+    why = (
         f"undecided: the interval reaches across {across}; at this mean and spread it would take "
-        f"{count} repetitions"
+        f"{count or 'more than 1000'} repetitions"
     )
+    return Judgement("not reproduced", effect, low, high, n, why=why, undecided=True)
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,7 @@ class Greater:
             return "reproduced" if effect > 0 else "contradicted"
 
         borders = (-self.margin, self.margin) if self.margin else (0.0,)
-        return _by_interval([o[self.key] for o in observations], borders, verdict)
+        return _over([o[self.key] for o in observations], borders, verdict)
 
 
 @dataclass(frozen=True)
@@ -243,7 +251,7 @@ class Equal:
             return "reproduced" if abs(effect) <= self.margin else "contradicted"
 
         borders = (-self.margin, self.margin)
-        return _by_interval([o[self.key] for o in observations], borders, verdict)
+        return _over([o[self.key] for o in observations], borders, verdict)
 
 
 @dataclass(frozen=True)
@@ -275,7 +283,73 @@ class NotLess:
                 return "not reproduced"
             return "reproduced" if effect > -self.margin else "contradicted"
 
-        return _by_interval([o[self.key] for o in observations], (-self.margin,), verdict)
+        return _over([o[self.key] for o in observations], (-self.margin,), verdict)
+
+
+@dataclass(frozen=True)
+class Correlated:
+    """Two values go together across repetitions, or against each other.
+
+    The effect is Spearman's ρ, with the 95 % interval tanh(atanh ρ ± 1.96·√((1 + ρ²/2)/(n − 3)))
+    (Bonett & Wright 2000, Psychometrika 65).
+
+    Attributes:
+        x: Name of one value.
+        y: Name of the other.
+        sign: 1, or −1 where the claim is that one falls as the other rises; the effect is sign·ρ.
+        unit: Of the effect.
+    """
+
+    x: str
+    y: str
+    sign: int = 1
+    unit: str = "Spearman's ρ"
+
+    def text(self) -> str:
+        """The rule in words."""
+        reversed_ = "" if self.sign > 0 else ", sign reversed,"
+        return (
+            f"the 95 % interval of Spearman's ρ of {self.x} and {self.y}{reversed_} lies above 0 "
+            "(reproduced) or below 0 (contradicted); else not reproduced"
+        )
+
+    def judge(self, observations: Sequence[Values]) -> Judgement:
+        """Compute the verdict."""
+        from scipy.stats import spearmanr
+
+        n = len(observations)
+        columns = [[o[key] for o in observations] for key in (self.x, self.y)]
+        if n < 4:
+            why = "undecided: fewer than four repetitions have no interval"
+            return Judgement("not reproduced", math.nan, math.nan, math.nan, n, (), why, True)
+        if not all(map(math.isfinite, columns[0] + columns[1])) or any(
+            min(column) == max(column) for column in columns
+        ):
+            why = "a value is not finite, or the same in all repetitions"
+            return Judgement("not reproduced", math.nan, math.nan, math.nan, n, (), why)
+        rho = self.sign * float(spearmanr(*columns).statistic)
+        ends = [_fisher(rho, n, side * _NORMAL) for side in (-1, 1)]
+
+        def verdict(effect: float) -> Verdict:
+            if effect == 0:
+                return "not reproduced"
+            return "reproduced" if effect > 0 else "contradicted"
+
+        def enough(border: float) -> int | None:
+            counts = range(n, 1000)
+            return next((m for m in counts if _fisher(abs(rho), m, -_NORMAL) > border), None)
+
+        return _by_interval((rho, ends[0], ends[1], n), (0.0,), verdict, enough)
+
+
+_NORMAL = 1.959964  # of the normal distribution, the 97.5 % quantile
+
+
+def _fisher(rho: float, n: int, quantile: float) -> float:
+    """An end of the interval of Spearman's ρ; ρ itself where it is ±1."""
+    if abs(rho) > 1 - 1e-12:
+        return rho
+    return math.tanh(math.atanh(rho) + quantile * math.sqrt((1 + rho**2 / 2) / (n - 3)))
 
 
 @dataclass(frozen=True)
@@ -332,4 +406,6 @@ def keys(rule: Rule) -> frozenset[str]:
     """
     if isinstance(rule, Each):
         return frozenset().union(*map(keys, rule.rules))
+    if isinstance(rule, Correlated):
+        return frozenset({rule.x, rule.y})
     return frozenset({str(key)} if (key := getattr(rule, "key", None)) else ())
