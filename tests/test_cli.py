@@ -231,3 +231,14 @@ def test_a_network_of_ones_own_is_found_in_the_working_folder(tmp_path):
     comparison = json.loads(done.stdout)
     assert comparison["complete"]
     assert all(arm["accuracy"] for arm in comparison["arms"])
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("cuda:9", "needs a GPU, and torch finds"), ("gpu", "networks train on cpu or cuda"),
+     ("mps", "networks train on cpu or cuda")],
+)  # fmt: skip
+def test_a_device_that_is_not_there_is_said_so(device, said, capsys, tmp_path):
+    assert main([*SMALL, "--device", device, "--out", str(tmp_path / "out")]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from normlab.bench.train import (
     build_network,
     learning_rate,
     make_optimizer,
+    start_line,
     train,
 )
 
@@ -267,3 +268,26 @@ def test_augmentation_is_seeded_by_step(task, spec, tmp_path):
     plain = Run(dataclasses.replace(spec, recipe=RECIPE), run.task, Store(tmp_path)).batch()[0]
     assert torch.equal(first, again)
     assert not torch.equal(first, plain)
+
+
+@pytest.mark.parametrize("normalizer", ["batch", "ic", "none", "filter_response"])
+def test_all_of_a_step_is_on_the_device(data, spec, store, normalizer):
+    """``meta`` stands in for a GPU: it computes nothing, and refuses tensors of the processor."""
+    recipe = dataclasses.replace(spec.recipe, crop=4, flip=True)
+    spec = dataclasses.replace(
+        spec, normalizer=normalizer, recipe=recipe, condition=Condition(20, 10)
+    )
+    run = Run(spec, Task(data, spec), store, "meta")
+    images, labels, parts = run.batch()
+    assert {t.device.type for t in (images, labels, parts)} == {"meta"}
+    assert all(p.device.type == "meta" for p in run.network.parameters())
+    for part in parts:
+        nn.functional.cross_entropy(run.network(images[part]), labels[part]).backward()
+    run.optimizer.step()
+    assert all(p.grad.device.type == "meta" for p in run.network.parameters())
+
+
+def test_the_device_is_on_record(spec):
+    assert "device" not in start_line(spec)["environment"]
+    assert start_line(spec, "cuda:1")["environment"]["device"] == "cuda:1"
+    assert start_line(spec, "cuda:1")["spec"] == start_line(spec)["spec"]

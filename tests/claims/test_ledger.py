@@ -4,16 +4,23 @@ import json
 import math
 
 import pytest
+import torch
+import tyro
 
+from normlab import networks
+from normlab.bench import choice
 from normlab.bench.plan import Plan
 from normlab.bench.recipe import Condition, Recipe
 from normlab.bench.records import Record, Store
 from normlab.claims import binary_networks, ic, ledger, optimization
 from normlab.claims.claim import Claim, Paper
-from normlab.claims.experiments import EXPERIMENTS, command, options, seeds
+from normlab.claims.experiments import EXPERIMENTS, GPU, command, options, seeds
+from normlab.claims.places import folder
 from normlab.claims.protocols import Across, Arms, Compared, Measured
 from normlab.claims.rules import Correlated, Exact, Greater
-from normlab.cli import main
+from normlab.cli import main, split_lists
+from normlab.commands.compare import Compare
+from normlab.data import ImageData
 
 PAPER = Paper("mine", "A title", "Someone", 2020, "2000.00000")
 
@@ -194,13 +201,13 @@ def test_falls_are_summed():
     assert ic._falls([10, 30, 25, 26, 20]) == 11
 
 
-def test_experiments():
+def test_experiments(tiny):
     assert seeds("fashion-mini-sharing", "cpu") == 3
     assert seeds("fashion-mini-sharing", "smoke") == 1
-    assert options("fashion-mini-sharing", "gpu") is None
+    assert options("tiny", "gpu") is None
     assert command("fashion-mini-ic", "/x")[-4:-1] == ["--out", "/x", "--title"]
     with pytest.raises(ValueError, match="'gpu'"):
-        command("fashion-mini-ic", "/x", "gpu")
+        command("tiny", "/x", "gpu")
 
 
 def run(outcome, *points, accuracy=0.5):
@@ -231,6 +238,69 @@ def test_runs_without_a_number_along_the_way_have_not_ended(effect, points):
     arms = dict.fromkeys(("noisy_batch", "batch", "ic"), run("finished", *points))
     with pytest.raises(KeyError):
         effect(Arms({(name, "b64-n64-iid"): one for name, one in arms.items()}, 0))
+
+
+def planned(words):
+    """What a command line of ``normlab compare`` asks for."""
+    return tyro.cli(Compare, args=split_lists(words)[1:])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_comparison_has_a_plan_at_the_gpu_scale(name, monkeypatch):
+    """The command line, read with a stand-in for CIFAR-10; networks are built for its images."""
+    labels = torch.arange(100) % 10
+    blank = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
+    data = ImageData("cifar10", "CIFAR-10", blank, labels, blank, labels, tuple("abcdefghij"))
+    asked = planned(command(name, "unused", "gpu"))
+    assert (asked.data, asked.device, asked.seeds) == ("cifar10", "cuda", seeds(name, "gpu"))
+    monkeypatch.setattr("normlab.data.load", lambda *found, **options: data)
+    plan = asked.plan()
+    small = planned(command(name, "unused"))
+    assert plan.normalizers == small.normalizers
+    assert plan.conditions == small.conditions()  # claims ask for their arms by these names
+    assert plan.recipe.epochs > small.epochs
+    with torch.device("meta"):
+        for normalizer in plan.normalizers:
+            factory = choice.parse(normalizer).factory(1000)
+            networks.build(plan.network, factory, classes=10, image_shape=(3, 32, 32))
+
+
+def test_without_a_gpu_nothing_is_testable_there(records, capsys, monkeypatch, tiny):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["claims", "run", "ic", "--scale", "gpu", "--json"]) == 0
+    said = capsys.readouterr()
+    rows = {row["id"]: row for row in json.loads(said.out)}
+    assert {row["verdict"] for row in rows.values()} == {"not testable here"}
+    assert "torch finds no GPU here" in rows["ic/limit"]["why"]
+    assert rows["ic/correlation"]["why"] == "the protocol has no gpu scale"
+    assert "ic/limit is not testable here: torch finds no GPU" in said.err
+    # Records of another machine decide without one.
+    monkeypatch.setitem(GPU, "tiny", "")
+    effect = Compared("tiny", lambda arms: {"d": arms("batch", "b64-n64-iid")})
+    one = Claim("two", PAPER, "Says so.", "much", "large", effect, Greater("d"))
+    monkeypatch.setattr("normlab.claims.experiments._ON_GPU", "")
+    assert one.judge("gpu").verdict == "not testable here"
+    written(records / "cifar10-tiny", TINY)
+    assert one.judge("gpu").effect == 75
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ledger()["ic/limit"].judge("gpu").verdict == "open"
+
+
+def test_records_are_those_of_the_protocol(monkeypatch):
+    """What lies in a comparison's folder was made with the options that the ledger shows."""
+    monkeypatch.delenv("NORMLAB_RECORDS_DIR")
+    found = 0
+    for name in EXPERIMENTS:
+        store = folder() / name
+        if (store / "plan.json").is_file():
+            plan, asked = Plan.load(Store(store)), planned(command(name, "unused"))
+            assert plan.normalizers == asked.normalizers, name
+            assert plan.conditions == asked.conditions(), name
+            assert (plan.network, plan.data) == (asked.network, asked.data), name
+            assert plan.recipe == asked.recipe(), name
+            assert len(plan.seeds) >= asked.seeds, name
+            found += 1
+    assert found or not (folder() / "claims").is_dir()
 
 
 def test_command_line(capsys, tmp_path):
@@ -306,10 +376,6 @@ def test_every_measurement_runs(one, capfd):
 
 def test_comparisons_name_their_arms():
     """Every effect finds the arms that it asks for in the plan of its comparison."""
-    import tyro
-
-    from normlab.cli import split_lists
-    from normlab.commands.compare import Compare
 
     class Asked(Arms):
         def __call__(self, normalizer, condition):
@@ -324,11 +390,10 @@ def test_comparisons_name_their_arms():
         if isinstance(protocol, Compared):
             asked = set()
             protocol.effect(Asked({}, 0))
-            words = split_lists(command(protocol.experiment, "unused"))
-            planned = tyro.cli(Compare, args=words[1:])
-            conditions = {condition.id for condition in planned.conditions()}
+            wanted = planned(command(protocol.experiment, "unused"))
+            conditions = {condition.id for condition in wanted.conditions()}
             assert asked
-            assert {n for n, _ in asked} <= set(planned.normalizers), one.id
+            assert {n for n, _ in asked} <= set(wanted.normalizers), one.id
             assert {c for _, c in asked} <= conditions, one.id
 
 

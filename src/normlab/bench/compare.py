@@ -25,6 +25,7 @@ class Machine:
         data_dir: Folder of the data set.
         size: Image size for image folders.
         path: Folders to import networks from.
+        device: Where networks train: ``"cpu"``, or ``"cuda"`` for a GPU that all workers share.
     """
 
     workers: int = 2
@@ -32,6 +33,7 @@ class Machine:
     data_dir: str | None = None
     size: int | None = None
     path: tuple[str, ...] = ()
+    device: str = "cpu"
 
 
 class Watcher(Protocol):
@@ -89,6 +91,7 @@ class Job:
             m.data_dir,
             m.size,
             list(m.path),
+            m.device,
             self.watcher.trained,
         )
         with pool:

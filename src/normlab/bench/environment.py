@@ -9,6 +9,10 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @lru_cache(maxsize=1)
@@ -68,18 +72,35 @@ def _revision() -> str:
         return "installed package"
 
 
-def reset_peak_memory() -> None:
-    """Start a new measurement of peak memory, where the system allows (Linux)."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of peak memory, where the system allows (Linux, CUDA).
+
+    Args:
+        device: A GPU's own memory is measured, or that of this process.
+    """
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     with contextlib.suppress(OSError):  # elsewhere the peak counts from the start of the process
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory() -> int:
-    """Return the largest resident size of this process since `reset_peak_memory`, in bytes.
+def peak_memory(device: torch.device) -> int:
+    """Return the peak of memory since `reset_peak_memory`, in bytes.
+
+    Args:
+        device: A GPU, for what its tensors took, or the processor, for the resident size of this
+            process.
 
     Returns:
         The peak; 0 where the system does not tell.
     """
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM"):

@@ -34,6 +34,7 @@ class _Worker:
     messages: Any
     parent: int
     path: list[str]
+    device: str
     tasks: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -85,6 +86,7 @@ def _train(spec: RunSpec) -> Record | None:
             spec,
             w.tasks[key],
             Store(w.directory),
+            device=w.device,
             progress=lambda n: w.messages.put((spec.id, n)),
             stop=stop,
         )
@@ -103,6 +105,7 @@ class Pool:
         data_dir: Where it lies.
         size: Image size for image folders.
         path: Folders to import networks from.
+        device: Where networks train.
         progress: Called with a run's id and the epochs it has just come further.
     """
 
@@ -115,6 +118,7 @@ class Pool:
         data_dir: str | None,
         size: int | None,
         path: list[str],
+        device: str,
         progress: Callable[[str, float], None],
     ) -> None:
         # Spawned, not forked: a fork of a process that has used torch can hang.
@@ -123,7 +127,7 @@ class Pool:
         self._messages = context.Queue()
         self._progress = progress
         self._futures: dict[Future[Record | None], RunSpec] = {}
-        shared = (self._stop, self._messages, os.getpid(), path)
+        shared = (self._stop, self._messages, os.getpid(), path, device)
         self._executor = ProcessPoolExecutor(
             workers,
             context,

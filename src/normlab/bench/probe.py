@@ -62,7 +62,12 @@ def initial_statistics(
 
     weighted = {n: m for n, m in twin.named_modules() if isinstance(m, _WEIGHTED)}
     # Cached, so that a parametrized weight is one tensor, whose gradient can be kept.
-    with torch.random.fork_rng(devices=[]), parametrize.cached():
+    devices = {t.device for t in twin.parameters() if t.device.type != "cpu"}
+    kind = next((device.type for device in devices), "cuda")
+    with (
+        torch.random.fork_rng(devices=list(devices), device_type=kind),
+        parametrize.cached(),
+    ):
         handles = [m.register_forward_hook(watch(n)) for n, m in weighted.items()]
         for module in weighted.values():
             if parametrize.is_parametrized(module, "weight"):

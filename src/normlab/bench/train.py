@@ -160,12 +160,14 @@ def evaluate(
     if not len(labels):
         return math.nan, math.nan
     network.eval()
+    device = next((p.device for p in network.parameters()), images.device)
     loss = correct = 0.0
     for i in range(0, len(labels), _EVALUATION_BATCH):
         part = slice(i, i + _EVALUATION_BATCH)
-        logits = network(data.prepare(images[part]))
-        loss += float(F.cross_entropy(logits, labels[part], reduction="sum"))
-        correct += float((logits.argmax(1) == labels[part]).sum())
+        x, y = images[part].to(device), labels[part].to(device)
+        logits = network(data.prepare(x))
+        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        correct += float((logits.argmax(1) == y).sum())
     network.train()
     return loss / len(labels), correct / len(labels)
 
@@ -173,18 +175,22 @@ def evaluate(
 class Run:
     """A run in progress; `train` is the way to use it."""
 
-    def __init__(self, spec: RunSpec, task: Task, store: Store) -> None:
+    def __init__(
+        self, spec: RunSpec, task: Task, store: Store, device: torch.device | str = "cpu"
+    ) -> None:
         self.spec, self.task, self.store = spec, task, store
+        self.device = torch.device(device)
         self.steps, self.per_epoch = steps_of(spec, task)
         self.parts = spec.condition.batch_size // spec.condition.norm_batch
-        self.network = build_network(spec, task.data, self.steps * self.parts)
+        # Initial weights are drawn on the processor: they are those of any other device.
+        self.network = build_network(spec, task.data, self.steps * self.parts).to(self.device)
         self.optimizer = make_optimizer(self.network, spec)
         self.choice = choice.parse(spec.normalizer)
-        self.choice.attach(self.network, self.optimizer, example(task.data))
+        self.choice.attach(self.network, self.optimizer, example(task.data).to(self.device))
         self.step, self.seconds, self.totals = 0, 0.0, _Totals()
         self.order = task.order(spec, 0)
         self.saved_at = time.monotonic()
-        reset_peak_memory()
+        reset_peak_memory(self.device)
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels, and the parts that share statistics, of the present step."""
@@ -193,20 +199,20 @@ class Run:
             self.order = self.task.order(spec, epoch)
         chosen = self.order[i]
         labels = self.task.train_labels[chosen]
-        images = self.task.data.prepare(self.task.train_images[chosen])
+        images = self.task.data.prepare(self.task.train_images[chosen].to(self.device))
         recipe = spec.recipe
         if recipe.crop or recipe.flip:
             generator = sets.generator((spec.seed, self.step), "augment")
             images = sets.augment(images, crop=recipe.crop, flip=recipe.flip, generator=generator)
-        if self.parts == 1:
-            return images, labels, torch.arange(len(labels))[None]
-        parts = sets.share(
-            labels,
-            spec.condition.norm_batch,
-            spec.condition.composition,
-            seed=(spec.seed, self.step),
-        )
-        return images, labels, parts
+        parts = torch.arange(len(labels))[None]
+        if self.parts > 1:
+            parts = sets.share(
+                labels,
+                spec.condition.norm_batch,
+                spec.condition.composition,
+                seed=(spec.seed, self.step),
+            )
+        return images, labels.to(self.device), parts.to(self.device)
 
     def take_step(self) -> None:
         """One optimizer step over all parts of a batch.
@@ -229,6 +235,8 @@ class Run:
         if not math.isfinite(total):
             raise _Diverged(f"the loss became {total} at step {self.step}")
         self.optimizer.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # its time is part of the step's
         self.totals.loss += total * len(labels)
         self.totals.samples += len(labels)
         seconds = time.perf_counter() - started
@@ -269,6 +277,8 @@ class Run:
             "totals": vars(self.totals),
             "random": torch.get_rng_state(),
         }
+        if self.device.type == "cuda":
+            state["random_of_device"] = torch.cuda.get_rng_state(self.device)
         write_state(self.store.checkpoint(self.spec.id), state)
         self.saved_at = time.monotonic()
 
@@ -280,23 +290,25 @@ class Run:
         """
         path, run_id = self.store.checkpoint(self.spec.id), self.spec.id
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, weights_only=True, map_location="cpu")
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.totals = _Totals(**state["totals"])
             torch.set_rng_state(state["random"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["random_of_device"], self.device)
         except FileNotFoundError:
             return False
         except Exception:
-            self.__init__(self.spec, self.task, self.store)  # type: ignore[misc]
+            self.__init__(self.spec, self.task, self.store, self.device)  # type: ignore[misc]
             return False
         self.order = self.task.order(self.spec, self.step // self.per_epoch)
         lines = list(self.store.lines(run_id))
         kept = [x for x in lines if x.get("event") != "point" or x.get("step", 0) <= self.step]
         kept = [x for x in kept if x.get("event") != "end"]
         if not kept or kept[0].get("event") != "start" or self.step > self.steps:
-            self.__init__(self.spec, self.task, self.store)  # type: ignore[misc]
+            self.__init__(self.spec, self.task, self.store, self.device)  # type: ignore[misc]
             return False
         self.store.rewrite(run_id, kept)
         return True
@@ -310,7 +322,7 @@ class Run:
         if self.choice.warmup > self.spec.recipe.warmup:
             added["warmup"] = f"{self.choice.warmup:g}"
         parameters = sum(p.numel() for p in self.network.parameters())
-        line = start_line(self.spec)
+        line = start_line(self.spec, self.device)
         line |= {"initial": rows, "saved_for_backward_bytes": kept, "adapted_options": added}
         line |= {"parameters": parameters, "steps": self.steps}
         self.store.rewrite(self.spec.id, [line])
@@ -318,20 +330,25 @@ class Run:
     def end(self, outcome: str, **more: Any) -> None:
         """Write the last line of the record, and drop the checkpoint."""
         line = {"event": "end", "outcome": outcome, "step": self.step, "seconds": self.seconds}
-        line["peak_memory_bytes"] = peak_memory()
+        line["peak_memory_bytes"] = peak_memory(self.device)
         self.store.append(self.spec.id, line | more)
         self.store.checkpoint(self.spec.id).unlink(missing_ok=True)
 
 
-def start_line(spec: RunSpec) -> dict[str, Any]:
+def start_line(spec: RunSpec, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The part of a record's first line that needs no network."""
     return {
         "event": "start",
         "schema": SCHEMA,
         "spec": spec.as_dict(),
-        "environment": environment(),
+        "environment": environment() | _elsewhere(torch.device(device)),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _elsewhere(device: torch.device) -> dict[str, str]:
+    """What a record's environment says of another device than the processor."""
+    return {} if device.type == "cpu" else {"device": str(device)}
 
 
 def train(
@@ -339,6 +356,7 @@ def train(
     task: Task,
     store: Store,
     *,
+    device: torch.device | str = "cpu",
     progress: Callable[[float], None] = lambda epochs: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Record:
@@ -348,6 +366,7 @@ def train(
         spec: The run.
         task: Its data.
         store: Where its record goes.
+        device: Where it trains.
         progress: Called with the part of an epoch that each step is.
         stop: Asked before each step whether to stop.
 
@@ -363,7 +382,7 @@ def train(
     if done is not None and done.outcome in ("finished", "diverged"):
         return done  # one that failed is tried again: what was wrong may have been mended
     try:
-        run = Run(spec, task, store)
+        run = Run(spec, task, store, device)
         if not run.restore():
             run.begin()
         _loop(run, progress, stop)
@@ -371,7 +390,7 @@ def train(
         raise
     except Exception as error:
         if store.read(spec.id) is None:
-            store.rewrite(spec.id, [start_line(spec)])
+            store.rewrite(spec.id, [start_line(spec, device)])
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         store.append(spec.id, {"event": "end", "outcome": "failed", "reason": reason})
     record = store.read(spec.id)

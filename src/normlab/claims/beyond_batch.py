@@ -138,8 +138,8 @@ CLAIMS = [
         "correlated; no numbers reached", _ORIGINAL,
         _FORETOLD, Correlated("cosine", "accuracy", sign=-1, unit="−ρ"),
         version=2,
-        note="accuracy after one epoch for speed; thirty normalizers are the repetitions, a rule "
-        "made after three seeds of seven normalizers had given one and the same order, which is "
-        "no interval",
+        note="accuracy after one epoch for speed; thirty normalizers are the repetitions, of which "
+        "eight start as batch normalization does; a rule made after three seeds of seven "
+        "normalizers had given one and the same correlation, which is no interval",
     ),
 ]  # fmt: skip

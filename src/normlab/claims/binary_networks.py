@@ -8,7 +8,7 @@ from pathlib import Path
 
 from normlab.bench.records import Store
 from normlab.claims.claim import Claim, Observation, Paper, Scale
-from normlab.claims.places import place
+from normlab.claims.places import folder
 from normlab.claims.rules import Greater, NotLess
 
 PAPER = Paper(
@@ -45,15 +45,15 @@ class TwoStages:
 
     def read(self, claim: Claim, scale: Scale) -> list[Observation]:
         """Read the seeds whose two arms ended; a diverged run counts as guessing."""
-        folder = self._place(scale)
-        if not (folder / "runs").is_dir():
+        place = self._place(scale)
+        if not (place / "runs").is_dir():
             return []
         found: dict[int, dict[str, tuple[float, str]]] = {}
-        for record in Store(folder):
+        for record in Store(place):
             spec, accuracy = record.spec, record.final("test_accuracy")
             seed = spec.get("seed")
             if spec.get("purpose") == "test" and accuracy is not None and type(seed) is int:
-                name = f"{folder.name}/runs/{record.id}.jsonl"
+                name = f"{place.name}/runs/{record.id}.jsonl"
                 found.setdefault(seed, {})[str(spec.get("arm"))] = 100 * accuracy, name
         pairs = {
             seed: (arms[self.arm], arms[self.against])
@@ -80,7 +80,7 @@ class TwoStages:
         everything(parse([*_WORDS[scale], "--arms", self.arm, self.against, "--out", out]))
 
     def _place(self, scale: Scale) -> Path:
-        return place("binary-fashion-mini", scale)
+        return folder(scale) / ("binary-fashion-mini" if scale == "cpu" else f"binary-{scale}")
 
 
 _ORIGINAL = "ReActNet-A, ImageNet, 256 epochs a stage"

@@ -27,19 +27,9 @@ EXPERIMENTS = {
         "--tune-epochs 0.3 --lrs 0.03 0.1 0.3 1 --points 5",
     ),
     "fashion-mini-ic": (
-        "The independent-component layer and the usual order, ResNet-20",
+        "The independent-component layer and the usual order",
         "--normalizers batch ic --network resnet20 --epochs 2 --tune-epochs 0.5 "
         "--lrs 0.03 0.1 0.3 1 --points 8",
-    ),
-    "fashion-mini-ic-compositions": (
-        "The three compositions of the independent-component layer, ResNet-20",
-        "--normalizers batch ic ic:composition=ic-conv-relu ic:composition=conv-relu-ic "
-        "--network resnet20 --epochs 2 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 1 --points 8",
-    ),
-    "fashion-mini-ic-deep": (
-        "The independent-component layer and the usual order, ResNet-56",
-        "--normalizers batch ic --network resnet:depth=56,width=8 --epochs 1 "
-        "--tune-epochs 0.5 --lrs 0.01 0.03 0.1 0.3 --points 8",
     ),
     "fashion-mini-filter-response": (
         "Batch size and filter response normalization",
@@ -51,11 +41,6 @@ EXPERIMENTS = {
         f"--normalizers batch filter_response --condition 1 {RESNET8} "
         "--epochs 1 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 1 --points 4",
     ),
-    "fashion-mini-filter-response-long": (
-        "Batch size and filter response normalization, three epochs",
-        f"--normalizers batch group filter_response --condition 32 2 {RESNET8} "
-        "--epochs 3 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 --points 6",
-    ),
     "fashion-mini-micro": (
         "Few samples share statistics: renormalization and Kalman normalization",
         "--normalizers batch batch_renorm kalman_batch group "
@@ -63,16 +48,10 @@ EXPERIMENTS = {
         "--lrs 0.03 0.1 0.3 --points 4",
     ),
     "fashion-mini-preconditioning-dense": (
-        "Preconditioning, batch normalization and plain descent: dense network",
+        "Preconditioning, batch normalization and plain descent",
         "--normalizers none batch preconditioning --network mlp:depth=3,width=100 "
         "--batch-size 1 60 --epochs 1 --tune-epochs 0.25 "
         "--lrs 0.001 0.003 0.01 0.03 0.1 0.3 1 3 --momentum 0 --points 8",
-    ),
-    "fashion-mini-preconditioning-conv": (
-        "Preconditioning, batch normalization and plain descent: convolutional network",
-        "--normalizers none batch preconditioning --network cnn:depth=5,width=8 "
-        "--batch-size 1 60 --epochs 1 --tune-epochs 0.25 "
-        "--lrs 0.01 0.03 0.1 0.3 1 --momentum 0 --points 8",
     ),
     "fashion-mini-deviations": (
         "Other deviations than batch normalization's, and noise behind it",
@@ -98,19 +77,49 @@ EXPERIMENTS = {
 }
 """Title and options by name, at the cpu scale; records lie in the folder of that name."""
 
-GPU: dict[str, str] = {}
-"""Options at the gpu scale."""
+_RESNET20 = "--network resnet:depth=20,width=16,version=2"
+GPU = {
+    "fashion-mini-sharing": "--network resnet20 --epochs 20 --tune-epochs 3",
+    "fashion-mini-ic": "--network resnet110 --epochs 60 --tune-epochs 6 --points 15",
+    "fashion-mini-filter-response": f"{_RESNET20} --epochs 30 --tune-epochs 3",
+    "fashion-mini-filter-response-one": f"{_RESNET20} --epochs 5 --tune-epochs 1",
+    "fashion-mini-micro": f"{_RESNET20} --epochs 20 --tune-epochs 3",
+    "fashion-mini-preconditioning-dense": "--epochs 5 --tune-epochs 1",
+    "fashion-mini-deviations": "--network vgg:depth=11,head=vgg --augment none --epochs 21 "
+    "--tune-epochs 3 --lrs 0.01 0.03 0.1 0.3",
+    "fashion-mini-league": f"{_RESNET20} --epochs 10 --tune-epochs 1 --seeds 3",
+    "fashion-mini-vit": "--network vit:depth=6,width=192 --epochs 60 --tune-epochs 6 "
+    "--lrs 0.01 0.03 0.1 0.3 1",
+    "fashion-mini-rescaling": "--network vgg16 --epochs 60 --tune-epochs 6",
+}
+"""What differs at the gpu scale: nearer to the papers' settings, on all of CIFAR-10."""
+
+_ON_GPU = "--data cifar10 --device cuda --seeds 5"
 
 # What makes any of them a matter of seconds: whether it runs.
 _SMOKE = "--seeds 1 --epochs 0.1 --tune-epochs 0.1 --lrs 0.1 --points 1 --train-limit 200"
 
 
 def options(name: str, scale: Scale) -> str | None:
-    """The options of a comparison at a scale, None where it has none."""
+    """The options of a comparison at a scale, of equal ones the last; None where it has none."""
     words = EXPERIMENTS[name][1]
     if scale == "cpu":
         return words
-    return f"{words} {_SMOKE}" if scale == "smoke" else GPU.get(name)
+    if scale == "smoke":
+        return f"{words} {_SMOKE}"
+    return f"{words} {_ON_GPU} {GPU[name]}" if name in GPU else None
+
+
+def records(name: str, scale: Scale) -> str:
+    """Name of the folder of a comparison's records at a scale.
+
+    Example:
+        >>> [records("fashion-mini-ic", scale) for scale in ("cpu", "smoke", "gpu")]
+        ['fashion-mini-ic', 'fashion-mini-ic-smoke', 'cifar10-ic']
+    """
+    if scale == "gpu":
+        return f"cifar10-{name.removeprefix('fashion-mini-')}"
+    return name if scale == "cpu" else f"{name}-{scale}"
 
 
 def seeds(name: str, scale: Scale) -> int:

@@ -26,16 +26,3 @@ def folder(scale: str = "cpu") -> Path:
         return Path.cwd() / "runs" / "smoke"
     checkout = Path(__file__).resolve().parents[3]
     return (checkout if (checkout / "records").is_dir() else Path.cwd()) / "records"
-
-
-def place(comparison: str, scale: str) -> Path:
-    """The folder of a comparison's records.
-
-    Args:
-        comparison: Its name.
-        scale: Other scales than ``"cpu"`` have folders of their own.
-
-    Returns:
-        Where.
-    """
-    return folder(scale) / (comparison if scale == "cpu" else f"{comparison}-{scale}")

@@ -14,7 +14,6 @@ from typing import Any, cast
 from normlab.bench.records import Record, Store, append_line, number, read_lines
 from normlab.claims.claim import Claim, Observation, Scale
 from normlab.claims.places import folder as records_of
-from normlab.claims.places import place
 from normlab.claims.rules import keys
 from normlab.core.structure import plain
 
@@ -229,7 +228,9 @@ class Compared:
         run(self.experiment, scale, self._place(scale))
 
     def _place(self, scale: Scale) -> Path:
-        return place(self.experiment, scale)
+        from normlab.claims.experiments import records
+
+        return records_of(scale) / records(self.experiment, scale)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from normlab.bench.plan import Plan
-    from normlab.bench.recipe import Condition
+    from normlab.bench.recipe import Condition, Recipe
     from normlab.data import ImageData
 
 
@@ -73,6 +73,8 @@ class Compare:
     """Worker processes."""
     threads: int = 1
     """Torch threads of each worker; small networks are fastest with one."""
+    device: str = "cpu"
+    """Where networks train: cpu, or cuda (cuda:1, …) for a GPU that all workers share."""
     title: str = ""
     """Heading of the report."""
     json: bool = False
@@ -98,8 +100,11 @@ class Compare:
         sys.path[:0] = [p for p in path if p not in sys.path]
         # A scheduler's request to end is Ctrl-C by another name: checkpoint, report, go on later.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        device = usable(self.device)
         plan = self.plan()
-        machine = Machine(self.workers, self.threads, self.data_dir, self.image_size, tuple(path))
+        machine = Machine(
+            self.workers, self.threads, self.data_dir, self.image_size, tuple(path), device
+        )
         with Watch(quiet=self.json) as watch:
             result, complete = compare(plan, self.out, machine=machine, watcher=watch)
         show_result(result, self.out, self.json)
@@ -135,18 +140,14 @@ class Compare:
             )
         return tuple(dict.fromkeys(found))
 
-    def plan(self) -> Plan:
-        """Return what these options mean; reads the data set."""
-        from normlab import data as sets
-        from normlab import networks
-        from normlab.bench.plan import Plan
+    def recipe(self) -> Recipe:
+        """Return how networks are trained."""
         from normlab.bench.recipe import Recipe
 
-        data = sets.load(self.data, self.data_dir, size=self.image_size)
         crops = self.augment == "crop-flip" or (
             self.augment == "default" and self.data.startswith("cifar")
         )
-        recipe = Recipe(
+        return Recipe(
             epochs=self.epochs,
             tune_epochs=self.epochs if self.tune_epochs is None else self.tune_epochs,
             momentum=self.momentum,
@@ -159,6 +160,14 @@ class Compare:
             flip=crops,
             points=self.points,
         )
+
+    def plan(self) -> Plan:
+        """Return what these options mean; reads the data set."""
+        from normlab import data as sets
+        from normlab import networks
+        from normlab.bench.plan import Plan
+
+        data = sets.load(self.data, self.data_dir, size=self.image_size)
         default = "batch" if "batch" in self.normalizers else self.normalizers[0]
         return Plan(
             data=self.data,
@@ -168,12 +177,40 @@ class Compare:
             baseline=self.baseline or default,
             conditions=self.conditions(),
             seeds=tuple(range(self.seeds)),
-            recipe=recipe,
+            recipe=self.recipe(),
             title=self.title,
             code=networks.source_digest(self.network),
             command=shlex.join(["normlab", *sys.argv[1:]]),
             facts=_facts(self, data),
         )
+
+
+def usable(device: str) -> str:
+    """A device that networks can train on here.
+
+    Args:
+        device: As torch names it.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: If torch knows no such device, or finds none.
+    """
+    import torch
+
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError:
+        kind, index = device, 0
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"networks train on cpu or cuda; received the device {device!r}")
+    if kind == "cuda" and index >= (found := torch.cuda.device_count()):
+        raise ValueError(
+            f"the device {device!r} needs a GPU, and torch finds {found or 'none'} here; "
+            "'normlab doctor' says what there is"
+        )
+    return device
 
 
 def _facts(options: Compare, data: ImageData) -> dict[str, Any]:
