@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import normlab as nl
@@ -18,7 +19,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "batch+relu": ("batch", {"activation": "relu"}),
     "group+silu": ("group", {"activation": "silu"}),
     "rms/position": ("rms", {"over": "position"}),
+    "batch+add+relu": ("batch", {"activation": "relu"}),
+    "group+add+silu": ("group", {"activation": "silu"}),
 }
+ADDED = ("batch+add+relu", "group+add+silu")  # with a residual
 LAST = ("layer", "rms", "dyt")  # the methods of transformers, measured on (N, L, C)
 # Forward and backward together in multiples of the floor.
 TARGETS = {
@@ -44,6 +48,28 @@ class Permuted(nn.Module):
         return y.permute(0, 3, 1, 2)
 
 
+class Added(nn.Module):
+    """A layer with a residual, which is a parameter, so that its gradient is taken too.
+
+    Made at the first call, in the order of memory of the input.
+    """
+
+    def __init__(self, inner: nn.Module, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner, self.activation = inner, activation
+        self.register_parameter("residual", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.residual is None:
+            self.residual = nn.Parameter(torch.cos(x.detach()))
+        y: Tensor
+        if self.activation is None:
+            y = self.inner(x, residual=self.residual)
+        else:
+            y = self.activation(self.inner(x) + self.residual)
+        return y
+
+
 # What torch's own layer does not implement on a CPU.
 NO_NATIVE = {("local_response", "bfloat16")}
 
@@ -64,7 +90,21 @@ class Case:
 
     def ours(self, channels: int, last: bool) -> Build:
         """Return the builder of normlab's layer."""
-        return lambda: self.card.make(channels, channel_dim=-1 if last else 1, **self.options)
+
+        def build() -> nn.Module:
+            layer = self.card.make(channels, channel_dim=-1 if last else 1, **self.options)
+            return Added(layer) if self.name in ADDED else layer
+
+        return build
+
+    @property
+    def floor(self) -> tuple[float, float]:
+        """Copies that a forward pass, and forward and backward, cannot do without.
+
+        Read x and write y; read x and dy, write dx. A residual is read in both directions, by the
+        backward pass for the activation, and its gradient is written.
+        """
+        return (1.5, 4.0) if self.name in ADDED else (1.0, 2.5)
 
     def native(self, sample: Sequence[int], last: bool, dtype: str) -> Build | None:
         """Return the builder of torch's own layers for the same job, or None where it has none.
@@ -85,6 +125,8 @@ class Case:
             "rms/position": lambda: Permuted(nn.RMSNorm(c)),
             "group": lambda: nn.GroupNorm(default_groups(c), c),
             "group+silu": lambda: nn.Sequential(nn.GroupNorm(default_groups(c), c), nn.SiLU()),
+            "batch+add+relu": lambda: Added(nn.BatchNorm2d(c), nn.ReLU()),
+            "group+add+silu": lambda: Added(nn.GroupNorm(default_groups(c), c), nn.SiLU()),
             "position": lambda: Permuted(nn.LayerNorm(c)),
             "batch+relu": lambda: nn.Sequential(nn.BatchNorm2d(c), nn.ReLU()),
             "ic": lambda: nn.Sequential(

@@ -24,7 +24,6 @@ from _cells import Cell, Place
 
 ROTATION = 160e6  # bytes; several times the largest common last-level cache
 ENOUGH = 10.0  # seconds: rounds of a cell end after them, but not before the third
-BOTH = 2.5  # copies in forward and backward: read x, write y; read x and dy, write dx
 
 
 class Inputs:
@@ -196,8 +195,9 @@ def row(cell: Cell, variant: Variant, copies: list[float], rounds: int) -> dict[
         found["forward_ms"], found["both_ms"] = spread(variant.forward), spread(variant.both)
         found["copy_ms"] = spread(copies)
         found["page_faults"] = int(median(variant.faults))
-        found["forward_ratio"] = min(variant.forward) / floor
-        found["both_ratio"] = min(variant.both) / (BOTH * floor)
+        once, both_ways = cell.case.floor
+        found["forward_ratio"] = min(variant.forward) / (once * floor)
+        found["both_ratio"] = min(variant.both) / (both_ways * floor)
     return found
 
 
