@@ -118,7 +118,7 @@ class EvoNormS0(nn.Module):
             middle = _Groups(layout.members, operation, eps, bessel)
             return maps.fused(
                 "gated", x, layout, middle.coefficients, self.v, self.weight, self.bias,
-                groups=self.groups, local=middle.through,
+                groups=self.groups, local=middle.through, pull=middle.pulled,
             )[0]  # fmt: skip
 
         def formula(
@@ -168,6 +168,12 @@ class _Groups(NamedTuple):
         parts = a.view(*variance.shape, -1)
         k, h = parts * rate.unsqueeze(2), mean.unsqueeze(2).expand_as(parts)
         return k.view_as(a), h.reshape(a.shape)
+
+    def pulled(self, sums: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of v, γ and β from the sums for a = γ/√(σ² + ε), β and v of each map."""
+        parts = sums[0].view(*variance.shape, -1) / self.deviation(variance).unsqueeze(2)
+        bias, v = sums[1:].sum(1)
+        return v, parts.sum(0).view(-1), bias
 
 
 def check_activation(activation: str | None) -> None:

@@ -44,6 +44,8 @@ Middle = Callable[..., Sequence[Tensor]]
 """(μ, σ², *parameters) → coefficients, (N, C) or broadcast to it; μ and σ² are (N, areas)."""
 Local = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(μ, σ², a) → k and h, each (N, C) or broadcast to it."""
+Pull = Callable[[Tensor, Tensor], Sequence[Tensor]]
+"""((coefficients, N, C), σ²) → gradients of the parameters, in their order."""
 
 
 class Job(NamedTuple):
@@ -58,6 +60,8 @@ class Job(NamedTuple):
             channels there: the number of groups, else 0.
         local: In this case, what gives k and h: through a, and no other coefficient, flows
             (x − h)·Σk·∂L/∂a, summed over the group. One pass then does for sums and ∂L/∂x.
+        pull: In this case, the gradients of the parameters from the sums of those of the
+            coefficients and σ²; None leaves them to autograd.
     """
 
     curve: Curve
@@ -65,6 +69,7 @@ class Job(NamedTuple):
     middle: Middle
     groups: int = 0
     local: Local | None = None
+    pull: Pull | None = None
 
 
 class _Call(ctypes.Structure):
@@ -199,9 +204,9 @@ class _Fused(torch.autograd.Function):
         x, columns = _placed(x, job.layout)  # hooks on saved tensors may have changed its order
         dy = _along(dy, x, job.layout, columns)
         local = job.local if needs[0] else None
-        through = needs[0] and local is None
-        with torch.enable_grad():
-            wanted = (through, through, *needs[2:])
+        through, pull = needs[0] and local is None, job.pull if local is not None else None
+        with torch.set_grad_enabled(pull is None):
+            wanted = (through, through, *needs[2:]) if pull is None else None
             leaves = _leaves((mean, variance, *parameters), mean.dtype, wanted)
             coefficients = [t.expand(job.layout.lengths[:2]) for t in job.middle(*leaves)]
         values = _full(coefficients, job.layout, mean.dtype)
@@ -212,7 +217,10 @@ class _Fused(torch.autograd.Function):
             _run(_LOCAL, job, x, columns, mean, values, dx, dy, k=k, h=h, sums=sums)
         else:
             _run(_SUMS, job, x, columns, mean, values, None, dy, sums=sums)
-        dmean, dvariance, *slopes = _pulled(coefficients, sums, leaves)
+        if pull is None:
+            dmean, dvariance, *slopes = _pulled(coefficients, sums, leaves)
+        else:
+            slopes = list(pull(sums, variance))
         if through:
             dmean, dvariance = (mean.new_zeros(()) if g is None else g for g in (dmean, dvariance))
             if job.curve == "line":  # which is about the map's own mean
@@ -220,8 +228,8 @@ class _Fused(torch.autograd.Function):
             size = job.layout.members
             k, h = _full((dvariance * (2 / size), dmean / size), job.layout, mean.dtype)
             _run(_GRADIENT, job, x, columns, mean, values, dx, dy, k=k, h=h)
-        found = [None if g is None or p is None else g.to(p.dtype)
-                 for g, p in zip(slopes, parameters, strict=True)]  # fmt: skip
+        found = [None if g is None or p is None or not need else g.to(p.dtype)
+                 for g, p, need in zip(slopes, parameters, needs[2:], strict=True)]  # fmt: skip
         return dx, None, *found
 
 
@@ -294,7 +302,7 @@ def curve(
 
 def fused(
     curve: Curve, x: Tensor, layout: Layout, middle: Middle, *parameters: Tensor | None,
-    groups: int = 0, local: Local | None = None,
+    groups: int = 0, local: Local | None = None, pull: Pull | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y = f(x; middle(μ, σ², *parameters)), and the moments.
 
@@ -307,11 +315,12 @@ def fused(
         *parameters: What it needs beside the moments, and is differentiated for.
         groups: See `Job`.
         local: See `Job`.
+        pull: See `Job`.
 
     Returns:
         y in the dtype and memory order of x; μ and σ² of shape (N, areas), without gradient.
     """
-    job = Job(curve, layout, middle, groups, local)
+    job = Job(curve, layout, middle, groups, local, pull)
     traced = dispatch.traced()
     if traced is not None:
         found: tuple[Tensor, Tensor, Tensor] = traced.map_ops.fused(x, job, parameters)
