@@ -254,9 +254,10 @@ def _probes(subject: Subject, lr: float | None, weight_decay: float | None) -> l
                    lambda found: findings.of_landscape(found, rate)),
         ]  # fmt: skip
     probes += [
-        _Probe("curvature", 25, lambda s, left, _: _top(s, "hessian", left),
+        _Probe("curvature", 10, lambda s, left, _: _top(s, "hessian", left),
                lambda found: findings.of_curvature(found, lr)),
         _Probe("factors", 6, lambda s, *_: factors.factors(s), findings.of_factors),
+        _Probe("plane", 10, _plane),
     ]  # fmt: skip
     if lr is not None:
         # One gradient for each layer that is measured, beside that of the start.
@@ -265,12 +266,11 @@ def _probes(subject: Subject, lr: float | None, weight_decay: float | None) -> l
             _Probe("covariate_shift", cost, lambda s, *_: landscape.covariate_shift(s, rate))
         )
     probes += [
-        _Probe("plane", 12, _plane),
         _Probe("span", 20, lambda s, *_: [{"name": n, "outside": v}
                                           for n, v in scale.outside(s).items()]),
     ]  # fmt: skip
     if subject.criterion is not None:
-        probes.append(_Probe("gauss_newton", 40, lambda s, left, _: _top(s, "gauss_newton", left)))
+        probes.append(_Probe("gauss_newton", 15, lambda s, left, _: _top(s, "gauss_newton", left)))
     probes += [
         _Probe("spectrum", 100, lambda s, *_: _spectrum(s)),
         _Probe("curvature_by_layer", 12 * len(layers), lambda s, *_: curvature.by_layer(s)),
@@ -297,7 +297,7 @@ def _plane(subject: Subject, left: float, numbers: Mapping[str, Any]) -> landsca
     with torch.no_grad():
         subject.loss()
     each = max(time.monotonic() - start, 1e-6)
-    side = int(min(15, math.sqrt(0.8 * max(left, 0) / each)))
+    side = int(min(15, math.sqrt(0.4 * max(left, 0) / each)))
     points = max(5, side - 1 + side % 2)  # odd, so that the model is one of them
     return landscape.loss_slice(subject, 2, points=points, invariant=_invariant(numbers))
 
