@@ -191,6 +191,8 @@ def test_activation_checkpointing(name):
     assert torch.equal(a.grad, b.grad)
 
 
+# The compiler itself makes an instance of a function of autograd, which torch warns of.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["evonorm_b0", "evonorm_s0"])
 def test_the_compiler_takes_it_whole(name):
     layer, x = nl.norm(name, 8), torch.randn(4, 8, 5)
