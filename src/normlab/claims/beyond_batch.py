@@ -125,12 +125,14 @@ CLAIMS = [
         "The smaller the groups, the higher the rank of the last activations.",
         "at least √(width/group size)", _ORIGINAL,
         Measured(_rank, _SEEDS, _PLAIN_SIZES), Greater("slope", unit="slope in log–log"),
+        note="the direction alone; that of the bound, were it reached, would be a slope of ½",
     ),
     Claim(
         "gradient-explosion", PAPER,
         "The smaller the groups, the more gradients grow towards the first layers.",
         "explosion for instance normalization", _ORIGINAL,
         Measured(_explosion, _SEEDS, _PLAIN_SIZES), Greater("slope", unit="slope in log–log"),
+        note="the direction alone",
     ),
     Claim(
         "foretold", PAPER,

@@ -28,7 +28,7 @@ _ORIGINAL = "MNIST, CIFAR-10 and -100, ImageNet; networks and batch sizes not re
 CLAIMS = [
     Claim(
         "faster-than-plain", PAPER,
-        "Preconditioned descent gets further than plain descent in the same time.",
+        "Preconditioned descent gets further than plain descent in as many steps.",
         "faster convergence; no numbers reached", _ORIGINAL,
         _gain("none", 60), Greater("gain", unit=_POINTS),
         note="after one epoch of a perceptron, rates tuned for both",
