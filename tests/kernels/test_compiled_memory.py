@@ -176,14 +176,14 @@ int main() {
 
 STORED = """
 template <class R> int once(std::mt19937 &r, int dtype) {
-  const i64 n = i64(r() % 70);
-  R *m0 = room<R>(r, n), *s0 = room<R>(r, n), *m1 = room<R>(r, n), *s1 = room<R>(r, n);
+  const i64 n = i64(r() % 70), areas = 1 + i64(r() % 3), all = n * areas;
+  R *m0 = room<R>(r, all), *s0 = room<R>(r, n), *m1 = room<R>(r, all), *s1 = room<R>(r, n);
   i64 count = 0;
-  const Blend two{n, 0.1, m0, 1.0, s0, m1, 1.5, s1, &count};
-  const Blend one{n, 0.9, m0, 1.0, s0, nullptr, 1.0, nullptr, &count};
+  const Blend two{n, areas, 0.1, m0, 1.0, s0, m1, 1.5, s1, &count};
+  const Blend one{n, 1, 0.9, m0, 1.0, s0, nullptr, 1.0, nullptr, &count};
   int failed = normlab_blend(&two, dtype) | normlab_blend(&one, dtype);
   if (n) {
-    m1[n - 1] = R(INFINITY);
+    m1[all - 1] = R(INFINITY);
     failed |= normlab_blend(&two, dtype) != 3;
   }
   for (R *p : {m0, s0, m1, s1}) std::free(p);

@@ -1,11 +1,16 @@
 """Stored statistics that one call moves, against the same by torch operations."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 
 import normlab as nl
+from normlab.core.operation import Standardize
+from normlab.core.partition import partition
+from normlab.core.statistics import Running
+from normlab.core.stored import StoringLayer
 from normlab.kernels import dispatch
 from normlab.kernels.cpu.stored import blend
 
@@ -32,6 +37,31 @@ def test_as_torch_operations_move_them(name, dtype, momentum):
         torch.testing.assert_close(ours, theirs, rtol=tight, atol=tight)
 
 
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize("pattern", ["n c * -> (n c) (*)", "(b n) c * -> (b c) (n *)"])
+def test_the_mean_over_areas_is_stored(pattern, channel_dim):
+    """One call does it, to the rounding of a mean in another order."""
+    layer = nl.Normalize(
+        6, pattern, operation=Standardize(), statistics=Running(0.3), channel_dim=channel_dim,
+        **({"batch_size": 2} if "b" in pattern else {}),
+    ).double()  # fmt: skip
+    plain = copy.deepcopy(layer)
+    x = torch.randn((4, 6, 5) if channel_dim == 1 else (4, 5, 6), dtype=torch.float64)
+    with mock.patch.object(StoringLayer, "_apply_update", side_effect=AssertionError):
+        layer(x)
+    with nl.kernels.backend("torch"):
+        plain(x)
+    for ours, theirs in zip(layer.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
+
+
+def test_areas_that_follow_channels_are_summed_by_torch():
+    of_positions = partition("n c * -> (c *) (n)")
+    assert not of_positions.bind((4, 3, 6)).stored_last
+    assert of_positions.bind((4, 6, 3), channel_dim=-1).stored_last
+    assert partition("n c * -> (n c) (*)").bind((4, 3, 6)).stored_last
+
+
 def test_what_is_not_finite_is_left_alone_channel_by_channel():
     layer = nl.norm("batch", 3)
     x = torch.randn(4, 3, 5)
@@ -54,7 +84,8 @@ def test_a_graph_that_holds_old_values_is_told():
 
 def test_what_does_not_fit_stays_as_it_is():
     count, buffer = torch.tensor(0), torch.zeros(4)
-    for measured in (torch.ones(3), torch.ones(4, dtype=torch.float64), torch.ones(4, 2)[:, 0]):
+    double, sliced = torch.ones(4, dtype=torch.float64), torch.ones(4, 2)[:, 0]
+    for measured in (torch.ones(3), torch.ones(0), torch.ones(6), double, sliced):
         assert not blend((buffer,), (measured,), (1.0,), 0.1, count)
     assert not blend((buffer,), (torch.full((4,), float("nan")),), (1.0,), 0.1, count)
     assert count == 0

@@ -274,6 +274,13 @@ class Layout:
         keep = {name for name in p.areas if p.role(name) == "channel"}
         return tuple(i for i, name in enumerate(self.names) if name in keep)
 
+    @property
+    def stored_last(self) -> bool:
+        """Whether, in a dense statistic, areas that `sum_stored` sums lie K numbers apart."""
+        keep, areas = self.stored_dims(), self.partition.areas
+        axes = [i for i, n in enumerate(self.names) if n in areas and self.split_shape[i] != 1]
+        return all(i in keep for i in axes[sum(i not in keep for i in axes) :])
+
     def sum_stored(self, statistic: Tensor) -> Tensor:
         """Sum a per-area statistic over areas that are not channels; flatten to (K,)."""
         keep = self.stored_dims()

@@ -202,10 +202,10 @@ class StoringLayer(nn.Module):
     def _blended(self, measured: list[tuple[Layout, Moments]], buffers: list[Tensor]) -> bool:
         """Update at once, where nothing is special; otherwise leave all as it is.
 
-        Plain momentum, one area a channel with members enough, finite statistics on a processor
+        Plain momentum, areas of one size with members enough, finite statistics on a processor
         that answers at once whether they are.
         """
-        (_, given), *more = measured
+        (layout, given), *more = measured
         momentum = getattr(self.statistics, "momentum", None)
         if (
             more
@@ -217,7 +217,7 @@ class StoringLayer(nn.Module):
             or self._update == "accumulate"
             or torch.compiler.is_compiling()
             or not all([type(b) is Tensor and b.is_cpu for b in buffers])  # noqa: C419 (faster)
-            or not self._one_area
+            or not (self._one_area or layout.stored_last)
             or observed()
         ):
             return False
@@ -233,6 +233,8 @@ class StoringLayer(nn.Module):
         count = self._own("num_batches_tracked")
         if dispatch.compiled_for_cpu() and blend(buffers, found, factors, momentum, count):
             return True
+        if not self._one_area:
+            return False
         with torch.no_grad():
             new = [v.reshape(-1) * f for v, f in zip(found, factors, strict=False)]
             same = [(v.dtype, v.shape) for v in new] == [(b.dtype, b.shape) for b in buffers]

@@ -428,4 +428,4 @@ EXPORT int normlab_backward(const Call *call, int dtype) noexcept {
   });
 }
 
-EXPORT int normlab_abi() noexcept { return 6; }
+EXPORT int normlab_abi() noexcept { return 7; }

@@ -4,16 +4,25 @@
 
 namespace {
 
-// old + weight (new - old), as torch::lerp has it, bit for bit; f times what was measured is new.
-template <class R> int blend(i64 n, R weight, const R *const *measured, const double *factors,
-                             R *const *stored, int kinds) {
+// old + weight (new - old), as torch::lerp has it, bit for bit; f times what was measured is new, of
+// several areas a number their mean.
+template <class R>
+int blend(i64 n, i64 areas, R weight, const R *const *measured, const double *factors,
+          R *const *stored, int kinds) {
   // Products are rounded in memory, so that no compiler joins them with the differences below.
   std::vector<R> fresh(std::size_t(kinds * n));
   R poor = 0; // a difference of a number from itself is 0 only of finite ones
   for (int k = 0; k < kinds; k++) {
     const R f = R(factors[k]);
+    const double each = 1.0 / double(areas);
     for (i64 i = 0; i < n; i++) {
-      R value = measured[k][i] * f;
+      R value = measured[k][i];
+      if (areas > 1) {
+        double sum = 0;
+        for (i64 j = 0; j < areas; j++) sum += double(measured[k][j * n + i]);
+        value = R(sum * each);
+      }
+      value *= f;
       fresh[k * n + i] = value;
       poor += value - value;
     }
@@ -35,7 +44,7 @@ template <class R> int blend(i64 n, R weight, const R *const *measured, const do
 // Two kinds of statistics, of which the second may be absent: measured numbers, their factor, and
 // those stored; and the count of batches.
 struct Blend {
-  i64 n; // numbers of each kind
+  i64 n, areas; // stored numbers of each kind, and measured ones for each, n apart
   double weight;
   const void *m0;
   double f0;
@@ -53,7 +62,7 @@ EXPORT int normlab_blend(const Blend *b, int dtype) noexcept {
     using R = typename Math<decltype(element)>::type;
     const R *measured[] = {static_cast<const R *>(b->m0), static_cast<const R *>(b->m1)};
     R *stored[] = {static_cast<R *>(b->s0), static_cast<R *>(b->s1)};
-    return blend<R>(b->n, R(b->weight), measured, factors, stored, b->m1 ? 2 : 1);
+    return blend<R>(b->n, b->areas, R(b->weight), measured, factors, stored, b->m1 ? 2 : 1);
   });
   if (!failed) ++*b->count;
   return failed;

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from normlab.kernels.cpu import library
 
 _DTYPES = {torch.float32: 0, torch.float64: 1}
-_BLEND = struct.Struct("qdPdPPdPP").pack  # `struct Blend` of stored.cpp
+_BLEND = struct.Struct("2qdPdPPdPP").pack  # `struct Blend` of stored.cpp
 
 
 def blend(
@@ -26,7 +26,8 @@ def blend(
 
     Args:
         buffers: One or two plain CPU tensors of shape (K,).
-        measured: As many, with K elements each.
+        measured: As many, with K elements each, or several times K, one area after another, of
+            which the mean is stored.
         factors: As many, or more.
         weight: That of what was measured.
         count: Of batches.
@@ -38,14 +39,21 @@ def blend(
     if compiled is None or len(buffers) > 2 or dtype not in _DTYPES or count.dtype != torch.int64:
         return False
     of: list[int | float] = []
+    areas = measured[0].numel() // max(size, 1)
     for b, m, f in zip(buffers, measured, factors, strict=False):
-        fits = m.dtype is dtype is b.dtype and m.numel() == size == b.numel()
-        if not fits or not m.is_contiguous() or not b.is_contiguous() or b.is_inference():
+        fits = m.dtype is dtype is b.dtype and m.numel() == areas * size and b.numel() == size
+        if (
+            not fits
+            or areas < 1
+            or not m.is_contiguous()
+            or not b.is_contiguous()
+            or b.is_inference()
+        ):
             return False
         of += (m.data_ptr(), f, b.data_ptr())
     if len(of) == 3:
         of += (0, 1.0, 0)
-    if compiled.normlab_blend(_BLEND(size, weight, *of, count.data_ptr()), _DTYPES[dtype]):
+    if compiled.normlab_blend(_BLEND(size, areas, weight, *of, count.data_ptr()), _DTYPES[dtype]):
         return False
     # Written past torch: a graph that holds an old value is told.
     increment_version(buffers)
