@@ -34,8 +34,8 @@ _AGAIN = (
 )
 _NET = "cnn:depth=3,width=8"
 _SIZES: dict[Scale, str] = {
-    scale: f"{_NET} on fashion-mini, batch 64, {steps} steps of SGD at {_LR}, without and with "
-    "batch normalization; measured at eight points of the run"
+    scale: f"{_NET} on fashion-mini, batch 64, {steps} steps of SGD at {_LR} with momentum 0.9, "
+    "without and with batch normalization; measured at eight points of the run"
     for scale, steps in _STEPS.items()
 }
 

@@ -208,7 +208,7 @@ class Greater:
         """The rule in words."""
         return (
             f"the 95 % t interval of {self.key} lies above {self.margin:g} (reproduced) or below "
-            f"{-self.margin:g} (contradicted); else not reproduced"
+            f"{-self.margin or 0:g} (contradicted); else not reproduced"
         )
 
     def judge(self, observations: Sequence[Values]) -> Judgement:
