@@ -57,7 +57,7 @@ EXPERIMENTS = {
         "Other deviations than batch normalization's, and noise behind it",
         "--normalizers none batch noisy_batch l1_batch lp_batch:p=2 lp_batch:p=max "
         "--network cnn:depth=8,width=8 --epochs 1 --tune-epochs 0.5 --lrs 0.03 0.1 0.3 "
-        "--points 4",
+        "--seeds 8 --points 4",
     ),
     "fashion-mini-league": (
         "Thirty normalizers of activations: 64 or 4 samples share statistics",

@@ -96,7 +96,7 @@ class Claims:
 
         table = Table(box=None, pad_edge=False)
         for name in ("id", "verdict", "effect", "95 % interval", "n"):
-            table.add_column(name, no_wrap=name != "95 % interval")
+            table.add_column(name, no_wrap=True)
         for one in rows:
             low_high = one["interval"]
             table.add_row(
@@ -105,7 +105,8 @@ class Claims:
                 "–" if low_high is None else f"{low_high[0]:.3g} to {low_high[1]:.3g}",
                 str(one["n"]),
             )  # fmt: skip
-        Console().print(table)
+        wide = Console(width=200).measure(table).maximum
+        Console(width=max(Console().width, wide)).print(table)  # a narrow terminal breaks lines
 
 
 def row(claim: Claim, scale: Scale) -> dict[str, Any]:
