@@ -51,7 +51,7 @@ EXPERIMENTS = {
         "Preconditioning, batch normalization and plain descent",
         "--normalizers none batch preconditioning --network mlp:depth=3,width=100 "
         "--batch-size 1 60 --epochs 1 --tune-epochs 0.25 "
-        "--lrs 0.001 0.003 0.01 0.03 0.1 0.3 1 3 --momentum 0 --points 8",
+        "--lrs 0.001 0.003 0.01 0.03 0.1 0.3 1 3 --momentum 0 --seeds 8 --points 8",
     ),
     "fashion-mini-deviations": (
         "Other deviations than batch normalization's, and noise behind it",
