@@ -6,7 +6,6 @@ import io
 import pytest
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 import normlab as nl
 from activations.cases import sample
@@ -184,24 +183,6 @@ def test_beside_other_layers_the_stored_variance_is_that_before_the_update():
         x = 3 * sample(SHAPE, seed=seed) + 1
         torch.testing.assert_close(train(compiled, net, x), train(eager, eager, x), **TIGHT)
     assert "normlab.maps_apply" in seen
-
-
-@pytest.mark.parametrize("name", ["evonorm_s0", "switchable"])
-def test_transforms_inside_the_compiler_see_operations(name):
-    layer, x = build(name, {}, 6).double(), sample((3, *SHAPE))
-    layer.update = False
-
-    def gradient(x):
-        return torch.func.vmap(torch.func.grad(lambda x: layer(x).pow(3).sum()))(x)
-
-    def tangent(x):
-        with forward_ad.dual_level():
-            return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.sin()))).tangent
-
-    for function, z in ((gradient, x), (tangent, x[0].clone())):
-        compiled, seen = traced(function)
-        torch.testing.assert_close(compiled(z), function(z), **TIGHT)
-        assert "normlab.maps_apply" not in seen
 
 
 @pytest.mark.parametrize("name", NAMES)
