@@ -154,6 +154,32 @@ def test_hooks_that_change_the_order_of_what_was_saved():
     torch.testing.assert_close(gradient(rows), gradient(lambda t: t), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("batch", {}), ("group", {"groups": 2}), ("layer", {"over": "position"}),
+     ("evonorm_s0", {}), ("switchable", {})],
+)  # fmt: skip
+def test_hooks_that_change_the_order_of_statistics(name, options):
+    """What kernels saved may come back with gaps between its elements, or by columns."""
+
+    def gradients(change):
+        layer, x = nl.norm(name, 8, **options), sample((4, 8, 5, 3), dtype=torch.float32)
+        x.requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
+            y = layer(x)
+        return torch.autograd.grad(y.pow(3).sum(), [x, *layer.parameters()])
+
+    def apart(t):
+        return torch.stack([t, torch.zeros_like(t)], -1)[..., 0]
+
+    def turned(t):
+        return t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim)))
+
+    for change in (apart, turned):
+        # The same numbers; of another order of x, sums in another.
+        torch.testing.assert_close(gradients(change), gradients(lambda t: t), rtol=1e-5, atol=1e-5)
+
+
 def test_in_place_changes_before_the_backward_pass():
     layer = nl.BatchNorm(6)
     for view in (lambda x: x, lambda x: x[1:], lambda x: x.view(4, 6, 5)):

@@ -303,6 +303,17 @@ def test_strided_gradients_and_weights():
         torch.testing.assert_close(new, g * min(1.0, allowed / float(g.norm())))
 
 
+def test_hooks_that_change_the_order_of_what_was_saved():
+    def gradients(change):
+        torch.manual_seed(0)
+        weight = torch.randn(5, 7, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
+            used = compiled.standardize(weight, None, how_of(1e-5, "inside"))
+        return torch.autograd.grad(used.pow(3).sum(), weight)[0]
+
+    torch.testing.assert_close(gradients(lambda t: t.T.contiguous().T), gradients(lambda t: t))
+
+
 def test_autograd_sees_that_gradients_changed():
     net = nn.Linear(3, 2)
     net.weight.grad = torch.randn(2, 3)

@@ -169,7 +169,7 @@ def readable(
 
 
 def flat(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A parameter as kernels read it: its elements one after another, in that dtype."""
+    """Parameters or statistics as kernels read them: one after another, in that dtype."""
     if t is None or (t.dtype is dtype and t.is_contiguous()):
         return t
     return t.detach().to(dtype).contiguous()
@@ -263,6 +263,8 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled() or not direct(dy):
             inputs = (x, weight, bias, threshold, eps, residual)
             return *differentiable(job, needs, dy, inputs, number, mean, moment), None
+        # Hooks on saved tensors may have changed the order of statistics.
+        mean, moment = flat(mean, WIDE[x.dtype]), flat(moment, WIDE[x.dtype])
         more = () if residual is None else (residual,)
         dx, dweight, dbias, dthreshold, deps, dr = job.family.backward(
             job, needs, dy, x, weight, bias, threshold, number, mean, moment, *more

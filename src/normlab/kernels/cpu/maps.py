@@ -201,7 +201,9 @@ class _Fused(torch.autograd.Function):
             asked = (needs[0], *needs[2:])
             dx, *slopes = function.derivatives(formula, (x, *parameters), asked, dy)
             return dx, None, *slopes
-        x, columns = _placed(x, job.layout)  # hooks on saved tensors may have changed its order
+        # Hooks on saved tensors may have changed their order.
+        x, columns = _placed(x, job.layout)
+        mean, variance = mean.contiguous(), variance.contiguous()
         dy = _along(dy, x, job.layout, columns)
         local = job.local if needs[0] else None
         through, pull = needs[0] and local is None, job.pull if local is not None else None

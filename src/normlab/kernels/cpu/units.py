@@ -146,8 +146,8 @@ class _Standardize(torch.autograd.Function):
         weight, gain, stats = ctx.saved_tensors
         if torch.is_grad_enabled() or not direct(dy):
             return *derivatives(how.formula, (weight, gain), ctx.needs_input_grad, dy), None
-        if not in_rows(weight):  # hooks on saved tensors may have changed its order
-            weight = weight.contiguous()
+        # Hooks on saved tensors may have changed their order.
+        weight, stats = weight if in_rows(weight) else weight.contiguous(), stats.contiguous()
         dv = torch.empty_like(weight) if ctx.needs_input_grad[0] else None
         if dy.stride() != weight.stride() or dy.is_neg() or dy._is_zerotensor():
             dy = torch.empty_like(weight).copy_(dy)
