@@ -219,11 +219,12 @@ class _Traced(torch.autograd.Function):
         else:
             sums = torch.ops.normlab.maps_sums(dy, *given)
             dmean, dvariance, slopes = pull(sums)
-            if job.curve == "line":  # which is about the map's own mean
-                dmean = dmean - values[0] * sums[1]
-            size = job.layout.members
-            k, h = _full(job, (dvariance * (2 / size), dmean / size))
-            dx = torch.ops.normlab.maps_gradient(dy, k, h, *given) if needs[0] else None
+            if needs[0]:
+                if job.curve == "line":  # which is about the map's own mean
+                    dmean = dmean - values[0] * sums[1]
+                size = job.layout.members
+                k, h = _full(job, (dvariance * (2 / size), dmean / size))
+                dx = torch.ops.normlab.maps_gradient(dy, k, h, *given)
         return dx, None, *(g if need else None for g, need in zip(slopes, needs[2:], strict=True))
 
 
