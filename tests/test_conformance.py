@@ -48,7 +48,8 @@ class ShuffledPartition(Partition):
 class Shuffled(nl.BatchNorm):
     def __init__(self, channels):
         super().__init__(channels)
-        fields = {f.name: getattr(self.partition, f.name) for f in dataclasses.fields(Partition)}
+        fields = {f.name: getattr(self.partition, f.name)
+                  for f in dataclasses.fields(Partition) if f.init}  # fmt: skip
         self.partition = ShuffledPartition(**fields)
 
 
