@@ -331,8 +331,9 @@ def test_tracers_see_operations():
     torch.testing.assert_close(graph(z), layer(z))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns of shapes, and that it is old
-        traced = torch.jit.trace(layer, (x,))
-        torch.testing.assert_close(traced(z), layer(z))
+        for kind in (layer, nl.BatchNorm(6).eval()):
+            traced = torch.jit.trace(kind, (x,))
+            torch.testing.assert_close(traced(z), kind(z))
     exported = torch.export.export(layer, (x,)).module()
     torch.testing.assert_close(exported(z), layer(z), rtol=1e-5, atol=1e-6)  # float32
 
