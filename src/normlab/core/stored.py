@@ -146,7 +146,8 @@ class StoringLayer(nn.Module):
         """The stored statistics as moments, and the ε to add to them."""
         # Copies: an update before the backward pass must not change what this pass has used. The
         # tracer of TorchScript compares what it gets with gradients and without.
-        kept = copied if torch.is_grad_enabled() or torch.jit.is_tracing() else Tensor.detach
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        kept = copied if torch.is_grad_enabled() or tracing else Tensor.detach
         stored = {n: layout.from_stored(kept(self._own(n))) for n in self._running}
         mean = stored.get("running_mean")
         if "running_std" in stored:  # ε is inside it already
