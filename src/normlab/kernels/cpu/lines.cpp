@@ -296,7 +296,6 @@ template <int A, class T, class R> void forward(const Job<T, R> &job) {
   });
 }
 
-
 // --- backward ------------------------------------------------------------------------------------
 
 // Sums of h and h * x-hat at each position; of g = dL/du, g * x-hat and of dy where the threshold
