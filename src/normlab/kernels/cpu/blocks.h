@@ -132,24 +132,18 @@ bool settle(const Job<T, R> &job, i64 first, i64 areas, i64 each, bool second, R
   const double *s0 = room.s[0], *s1 = room.s[1];
   R *origin = room.origin;
   if (centred) {
-    // Digits cancel where the mean is more than 4 deviations away; or squares overflow R.
-    constexpr double most = std::numeric_limits<double>::max();
-    auto far = [&](i64 g) {
-      double square = s0[g] * s0[g];
-      return (square > 16.0 * (s1[g] * count - square)) | ((s1[g] > most) & (square <= most));
-    };
     int poor = 0;
 #pragma omp simd reduction(+ : poor)
     for (i64 g = 0; g < areas; g++) {
       double delta = s0[g] / count, square = s1[g] - delta * s0[g];
       mean[g] = double(origin[g]) + delta;
-      poor += far(g);
+      poor += cancels(s0[g], s1[g], count);
       square = square < 0.0 ? 0.0 : square;
       moment[g] = square / count + about_zero * mean[g] * mean[g];
     }
     if (poor && !second) {
       for (i64 g = 0; g < areas; g++)
-        if (far(g)) origin[g] = R(mean[g]);
+        if (cancels(s0[g], s1[g], count)) origin[g] = R(mean[g]);
       return true;
     }
   } else {

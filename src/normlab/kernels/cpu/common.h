@@ -1,4 +1,4 @@
-// What all kernels share: element types, activations with their slopes, pooled moments.
+// What all kernels share: activations with their slopes, threads, element types.
 //
 // No torch or Python headers. Everything is in an unnamed namespace, so that each source file has
 // its own copy, compiled for its own instruction set.
@@ -91,16 +91,13 @@ template <int A, class X> inline X slope(X u, X tau, X g) {
   return g;
 }
 
-struct Moment {
-  double count = 0, mean = 0, m2 = 0;
-  void add(double k, double mu, double sq) {
-    if (k == 0) return;
-    double total = count + k, delta = mu - mean;
-    mean += delta * k / total;
-    m2 += sq + delta * delta * count * k / total;
-    count = total;
-  }
-};
+// Whether a variance from sums of z and z^2 about some number is none: the mean lies more than 4
+// deviations from it, so that digits cancel, or squares overflow R.
+inline bool cancels(double sum, double squares, double count) {
+  constexpr double most = std::numeric_limits<double>::max();
+  const double square = sum * sum;
+  return (square > 16.0 * (squares * count - square)) | ((squares > most) & (square <= most));
+}
 
 // body(i) for all from `from` up to `to`; one copy of it, whether threads share it or not.
 template <class F>

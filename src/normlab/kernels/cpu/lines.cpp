@@ -182,16 +182,11 @@ template <class T, class R> void measured_tile(const Job<T, R> &job, const Unit 
     for (i64 i = 0; i < u.width; i++) mu[i] = load(x, i * k.xp);
   square_tile(k, x, t, u.width);
   if (job.centred) {
-    constexpr double most = std::numeric_limits<double>::max();
-    auto far = [&](i64 i) {
-      double square = sum[i] * sum[i];
-      return (square > 16.0 * (squares[i] * m - square)) | ((squares[i] > most) & (square <= most));
-    };
     int poor = 0;
-    for (i64 i = 0; i < u.width; i++) poor += far(i);
+    for (i64 i = 0; i < u.width; i++) poor += cancels(sum[i], squares[i], m);
     if (poor) {
       for (i64 i = 0; i < u.width; i++)
-        if (far(i)) mu[i] = R(double(mu[i]) + sum[i] / m);
+        if (cancels(sum[i], squares[i], m)) mu[i] = R(double(mu[i]) + sum[i] / m);
       square_tile(k, x, t, u.width);
     }
   }

@@ -101,11 +101,11 @@ inline Coefficients<V<R>> gathered(const Numbers<R> &of, Read read) {
   return {read(of.mean), read(of.a), read(of.b), K > 2 ? read(of.v) : zero,
           K > 3 ? read(of.d) : zero, K > 3 ? read(of.s) : zero};
 }
-template <class F, class R> inline Coefficients<V<R>> same(const Numbers<R> &of) {
+template <class F, class R> inline Coefficients<V<R>> of_map(const Numbers<R> &of) {
   return gathered<F>(of, [](const R *q) { return all<R>(*q); });
 }
 template <class F, class R, class At>
-inline Coefficients<V<R>> each(const Numbers<R> &of, i64 j, At at) {
+inline Coefficients<V<R>> of_channels(const Numbers<R> &of, i64 j, At at) {
   return gathered<F>(of, [&](const R *q) { return at.read(q + j, V<R>{}); });
 }
 
@@ -115,7 +115,7 @@ constexpr i64 STEP = 128;   // rows of a column, that are summed in R before sum
 // --- rows: a map is P contiguous elements ----------------------------------------------------------
 
 template <class F, class T, class R> void apply_row(const T *x, T *y, i64 p, const Numbers<R> &of) {
-  const Coefficients<V<R>> q = same<F>(of);
+  const Coefficients<V<R>> q = of_map<F>(of);
   sweep<R>(p, [&](i64 i, auto at) { at.write(y + i, F::value(at.read(x + i, V<R>{}), q)); });
 }
 
@@ -123,7 +123,7 @@ template <class F, class T, class R> void apply_row(const T *x, T *y, i64 p, con
 template <class F, bool keep, class T, class R>
 void sum_row(const T *x, const T *dy, i64 p, const Numbers<R> &of, double *sums, R *own) {
   constexpr int K = F::coefficients;
-  const Coefficients<V<R>> q = same<F>(of);
+  const Coefficients<V<R>> q = of_map<F>(of);
   for (i64 first = 0; first < p; first += CHUNK) {
     V<R> s[K] = {}, one[K + 1];
     sweep<R>(std::min(CHUNK, p - first), [&](i64 i, auto at) {
@@ -143,7 +143,7 @@ template <class X> inline X through(X x, X mu, X k, X h) {
 
 template <class F, class T, class R>
 void gradient_row(const T *x, const T *dy, T *dx, i64 p, const Numbers<R> &of) {
-  const Coefficients<V<R>> q = same<F>(of);
+  const Coefficients<V<R>> q = of_map<F>(of);
   const V<R> k = all<R>(of.k[0]), h = all<R>(of.h[0]);
   sweep<R>(p, [&](i64 i, auto at) {
     V<R> e = at.read(x + i, V<R>{}), one[F::coefficients + 1];
@@ -158,7 +158,7 @@ template <class F, class T, class R>
 void apply_columns(const T *x, i64 xp, T *y, i64 yp, i64 rows, i64 c, const Numbers<R> &of) {
   for (i64 r = 0; r < rows; r++, x += xp, y += yp)
     sweep<R>(c, [&](i64 j, auto at) {
-      at.write(y + j, F::value(at.read(x + j, V<R>{}), each<F>(of, j, at)));
+      at.write(y + j, F::value(at.read(x + j, V<R>{}), of_channels<F>(of, j, at)));
     });
 }
 
@@ -174,7 +174,7 @@ void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const
       sweep<R>(c, [&](i64 j, auto at) {
         const V<R> zero{};
         V<R> one[K + 1];
-        F::slopes(at.read(x + j, zero), at.read(dy + j, zero), each<F>(of, j, at), one);
+        F::slopes(at.read(x + j, zero), at.read(dy + j, zero), of_channels<F>(of, j, at), one);
         for (int i = 0; i < K; i++) {
           R *sum = work + i * c + j;
           at.write(sum, at.read(sum, zero) + one[i + 1]);
@@ -190,7 +190,7 @@ void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i6
                       const Numbers<R> &of) {
   for (i64 r = 0; r < rows; r++, x += xp, dy += gp, dx += yp)
     sweep<R>(c, [&](i64 j, auto at) {
-      const Coefficients<V<R>> q = each<F>(of, j, at);
+      const Coefficients<V<R>> q = of_channels<F>(of, j, at);
       V<R> e = at.read(x + j, V<R>{}), one[F::coefficients + 1];
       V<R> k = at.read(of.k + j, V<R>{}), h = at.read(of.h + j, V<R>{});
       F::slopes(e, at.read(dy + j, V<R>{}), q, one);
@@ -202,8 +202,7 @@ void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i6
 
 // Calls f(sample, channel) for every map.
 template <class T, class R, class Call> void each_row(const Job<T, R> &job, Call f) {
-#pragma omp parallel for schedule(static)
-  for (i64 map = 0; map < job.n * job.c; map++) f(map / job.c, map % job.c);
+  share(job.n * job.c, [&](i64 map) { f(map / job.c, map % job.c); });
 }
 
 // Parts of a sample in columns, so that threads have work where samples are few.
@@ -214,11 +213,10 @@ template <class T, class R> i64 parts_of(const Job<T, R> &job) {
 // Calls f(sample, number of the part, first position, positions) for all parts of all samples.
 template <class T, class R, class Call> void each_part(const Job<T, R> &job, Call f) {
   i64 parts = parts_of(job);
-#pragma omp parallel for schedule(static)
-  for (i64 unit = 0; unit < job.n * parts; unit++) {
+  share(job.n * parts, [&](i64 unit) {
     i64 n = unit / parts, i = unit % parts, first = job.p * i / parts;
     f(n, unit, first, job.p * (i + 1) / parts - first);
-  }
+  });
 }
 
 template <class F, class T, class R> void apply(const Job<T, R> &job, bool columns) {
@@ -287,8 +285,7 @@ template <class F, class T, class R> void local(const Job<T, R> &job, bool colum
   i64 threads = omp_get_max_threads(), width = K * job.c;
   std::vector<R> own(threads * together * job.p), work(threads * (width + job.c));
   std::vector<double> totals(threads * width);
-#pragma omp parallel for schedule(static)
-  for (i64 unit = 0; unit < maps / together; unit++) {
+  share(maps / together, [&](i64 unit) {
     i64 me = omp_get_thread_num(), n = unit * together / job.c, c0 = unit * together % job.c;
     R *direct = own.data() + me * together * job.p, *mine = work.data() + me * (width + job.c);
     double *sums = totals.data() + me * width;
@@ -331,7 +328,7 @@ template <class F, class T, class R> void local(const Job<T, R> &job, bool colum
           at.write(to + i, at.read(direct + i, zero) + (at.read(from + i, zero) - centre) * k);
         });
       }
-  }
+  });
 }
 
 enum Pass { APPLY = 0, SUMS = 1, GRADIENT = 2, LOCAL = 3 };
