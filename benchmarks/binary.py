@@ -1,7 +1,7 @@
 """Binary networks with batch norm, without it, and norm-free: see `normlab.bench.binary`.
 
 python benchmarks/binary.py                    # teacher, learning rates, 3 arms × 3 seeds
-python benchmarks/binary.py --smoke --out /tmp/x   # seconds: does it run at all?
+python benchmarks/binary.py --smoke --out elsewhere   # seconds: does it run at all?
 """
 
 from __future__ import annotations

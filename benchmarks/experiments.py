@@ -2,7 +2,7 @@
 
 python benchmarks/experiments.py                     # what there is
 python benchmarks/experiments.py filter-response     # run it, into records/filter-response
-python benchmarks/experiments.py ic --out /tmp/ic    # elsewhere
+python benchmarks/experiments.py ic --out elsewhere
 """
 
 from __future__ import annotations

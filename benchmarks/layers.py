@@ -2,7 +2,7 @@
 
     python benchmarks/layers.py                      # all methods, shapes A, B and D
     python benchmarks/layers.py --compile            # and torch.compile of those with a target
-    python benchmarks/layers.py --tiny --out /tmp    # seconds: does it run at all?
+    python benchmarks/layers.py --tiny --out elsewhere    # seconds: does it run at all?
 
 What is measured, and how, stands in benchmarks/README.md.
 """

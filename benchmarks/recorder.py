@@ -2,7 +2,7 @@
 
     python benchmarks/recorder.py                    # minutes
     python benchmarks/recorder.py --only mlp
-    python benchmarks/recorder.py --tiny --out /tmp  # seconds: does it run at all?
+    python benchmarks/recorder.py --tiny --out elsewhere  # seconds: does it run at all?
 
 A run is a fresh network, its optimizer and, in one of the two, a fresh recorder with its default
 options; its steps are forward pass, loss, backward pass and optimizer, from the first one on. The

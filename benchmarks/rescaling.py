@@ -1,7 +1,7 @@
 """Two implicit biases of gradient descent on weights whose scale the next layer removes.
 
     python benchmarks/rescaling.py               # minutes: into records/rescaling-biases
-    python benchmarks/rescaling.py --steps 40 --out /tmp/x
+    python benchmarks/rescaling.py --steps 40 --out elsewhere
 
 A perceptron with batch normalization learns 400 images of fashion-mini, fewer than the 784 pixels:
 their span has a complement, which no gradient of the first layer reaches. For each of three arms

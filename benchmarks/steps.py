@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py                       # every case of _steps.py
     python benchmarks/steps.py --only adaptive_clip  # one, and what it is held against
-    python benchmarks/steps.py --tiny --out /tmp    # seconds: does it run at all?
+    python benchmarks/steps.py --tiny --out elsewhere    # seconds: does it run at all?
 
 A step is a forward pass, the loss, a backward pass and the optimizer. What is reported is its time
 as a multiple of that of the same network without the method, in the same rounds.

@@ -1,7 +1,7 @@
 """How far dropout upstream shifts the input variance of normalizers in evaluation.
 
     python benchmarks/variance_shift.py               # minutes, into records/variance-shift
-    python benchmarks/variance_shift.py --steps 5 --out /tmp/x
+    python benchmarks/variance_shift.py --steps 5 --out elsewhere
 
 Networks with IC layers of several dropout rates are trained on fashion-mini, and then the variance
 of what enters each batch normalization is measured in evaluation and in training mode. Within an IC

@@ -54,7 +54,10 @@ class Formula(nn.Module):
         return self._run(x, mask)
 
     def formula(self, x: Tensor, valid: Tensor | None, *given: Tensor | None) -> Tensor:
-        """f: x̂ of shape (N, C, *), from x, a mask (N, 1, *), context and own parameters."""
+        """f: x̂ of shape (N, C, *), from x, a mask (N, 1, *), context and own parameters.
+
+        Each method has its own.
+        """
         raise NotImplementedError
 
     def affine(self, y: Tensor, weight: Tensor | None, bias: Tensor | None, *_: object) -> Tensor:

@@ -88,6 +88,8 @@ class LineNorm(Normalize):
             parameters: Those of `_used`, in the dtype of the moments.
             stored: Stored statistics if these are to be used, else None.
             given: What the forward pass goes by beside x.
+
+        Each method has its own.
         """
         raise NotImplementedError
 

@@ -46,7 +46,10 @@ class MixedMoments(LineNorm):
         self._add(len(chosen), mean_weight=1.0, var_weight=1.0)
 
     def _shares(self, logits: Tensor, given: Any) -> Tensor:
-        """Weights that sum to 1, of a vector of logits and what `forward` was given."""
+        """Weights that sum to 1, of a vector of logits and what `forward` was given.
+
+        Each method of the kind has its own.
+        """
         raise NotImplementedError
 
     def _used(self) -> Parameters:

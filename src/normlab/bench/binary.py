@@ -1,7 +1,7 @@
 """Binary networks with batch norm, without it, and norm-free: the three arms of 2104.08215, small.
 
     python -m normlab.bench.binary --out runs/binary       # teacher, rates, 3 arms × 3 seeds
-    python -m normlab.bench.binary --smoke --out /tmp/x    # seconds: does it run at all?
+    python -m normlab.bench.binary --smoke --out elsewhere    # seconds: does it run at all?
 
 A teacher is trained on fashion-mini; then each arm, in two stages, on the teacher's outputs. The
 learning rate of each arm is the one of the grid with the best validation accuracy, by one run of a

@@ -32,7 +32,7 @@ class Parametrization(nn.Module):
         self.units, self.fan_in = units.rows(start, self.layout).shape
 
     def compute(self, matrix: Tensor) -> Tensor:
-        """Return the matrix in use; one row a unit, float32 at least."""
+        """Return the matrix in use; one row a unit, float32 at least. Each method has its own."""
         raise NotImplementedError
 
     def forward(self, weight: Tensor) -> Tensor:
