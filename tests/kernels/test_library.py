@@ -56,6 +56,7 @@ def ours(abi=library.ABI):
         "int normlab_rewrite(void *c, int d) { return 0; }"
         "int normlab_maps(void *c, int p, int d) { return 0; }"
         "int normlab_blend(void *c, int d) { return 0; }"
+        "void normlab_stream_from(long long b) {}"
     )
 
 

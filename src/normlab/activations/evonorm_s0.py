@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +14,12 @@ from normlab.activations._areas import default_groups
 from normlab.core.card import Card
 from normlab.core.checks import check_channels, check_input
 from normlab.core.operation import Operation, Scale
-from normlab.core.partition import partition
-from normlab.kernels.cpu import maps
+from normlab.core.partition import Layout, partition
+from normlab.kernels import dispatch
 from normlab.kernels.recompute import recomputed
 from normlab.kernels.reference import (
     Moments,
+    Spec,
     accumulated,
     counted,
     deviation,
@@ -114,12 +117,11 @@ class EvoNormS0(nn.Module):
             None if p is None else layout.per_channel(p) for p in (self.weight, self.bias, self.v)
         )
         dims, operation, eps, bessel = layout.member_dims, self.operation, self.eps, self.bessel
-        if self.v is not None and maps.supports(x, (self.weight, self.bias, self.v), mask):
-            middle = _Groups(layout.members, operation, eps, bessel)
-            return maps.fused(
-                "gated", x, layout, middle.coefficients, self.v, self.weight, self.bias,
-                groups=self.groups, local=middle.through, pull=middle.pulled,
-            )[0]  # fmt: skip
+        if self.v is not None and mask is None:
+            affine = (self.weight, self.bias, self.v)
+            kernels = dispatch.kernels_for(x, layout, operation, "gated", affine)
+            if kernels is not None:
+                return self._compiled(kernels, x, layout, self.v)
 
         def formula(
             x: Tensor, v: Tensor | None, weight: Tensor | None, bias: Tensor | None,
@@ -133,47 +135,24 @@ class EvoNormS0(nn.Module):
 
         return layout.join(recomputed(formula, layout.split(x), v, weight, bias, where))
 
+    def _compiled(self, kernels: ModuleType, x: Tensor, layout: Layout, v: Tensor) -> Tensor:
+        """The same by compiled kernels."""
+        weight: Tensor | None = self.weight
+        eps = self.eps
+        if self.bessel:  # √(c·σ² + ε) = √c · √(σ² + ε/c)
+            correction = layout.members / max(layout.members - 1, 1)
+            one = torch.ones_like(v) if weight is None else weight
+            weight, eps = accumulated(one) / math.sqrt(correction), eps / correction
+        spec = Spec(layout.member_dims, self.operation, "gated")
+        y: Tensor = kernels.normalize(
+            x, layout, spec, weight, self.bias, v, eps, None, from_batch=True
+        )[0]
+        return y
+
     def extra_repr(self) -> str:
         """Print the pattern in force and the options."""
         shown = f"{self.num_channels}, {self.partition}, groups={self.groups}, eps={self.eps}"
         return shown + options_shown(self)
-
-
-class _Groups(NamedTuple):
-    """What the compiled kernels need of a layer; μ and σ² are those of the groups."""
-
-    members: int
-    operation: Operation
-    eps: float
-    bessel: bool
-
-    def deviation(self, variance: Tensor) -> Tensor:
-        """√(σ² + ε) of each group."""
-        return spread(Moments(None, variance, self.members), self.operation, self.eps, self.bessel)
-
-    def coefficients(
-        self, mean: Tensor, variance: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """γ/√(σ² + ε), β and v."""
-        scale = self.deviation(variance).reciprocal().unsqueeze(2)
-        shape, groups = (mean.shape[0], v.shape[0]), (variance.shape[1], -1)
-        weight = v.new_ones(()).expand_as(v) if weight is None else weight
-        scale = (scale * weight.view(groups)).view(shape)
-        return scale, v.new_zeros(()) if bias is None else bias, v
-
-    def through(self, mean: Tensor, variance: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """k and h of `maps.Job`: ∂a/∂σ² = −a/2(σ² + ε), and ∂σ²/∂x = 2(x − μ)/m."""
-        size = max(self.members - 1, 1) if self.bessel else self.members
-        rate = -1 / (size * self.deviation(variance).square())
-        parts = a.view(*variance.shape, -1)
-        k, h = parts * rate.unsqueeze(2), mean.unsqueeze(2).expand_as(parts)
-        return k.view_as(a), h.reshape(a.shape)
-
-    def pulled(self, sums: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of v, γ and β from the sums for a = γ/√(σ² + ε), β and v of each map."""
-        parts = sums[0].view(*variance.shape, -1) / self.deviation(variance).unsqueeze(2)
-        bias, v = sums[1:].sum(1)
-        return v, parts.sum(0).view(-1), bias
 
 
 def check_activation(activation: str | None) -> None:

@@ -41,7 +41,8 @@ class Spec(NamedTuple):
     Attributes:
         dims: Axes that hold the members of an area.
         operation: Φ.
-        activation: The fused activation, or None.
+        activation: The fused activation, or None; or ``"gated"``, which puts x·sigmoid(τ·x) in the
+            place of x where there is no shift, and leaves u as it is.
     """
 
     dims: tuple[int, ...]
@@ -211,6 +212,9 @@ def apply(
     if operation.shift:
         assert mean is not None
         y = y - mean
+    if spec.activation == "gated":
+        assert threshold is not None
+        y = y * torch.sigmoid(threshold * y)
     inverse = None if moment is None else deviation(moment, operation, eps).reciprocal()
     y, scale = partly_scaled(y, inverse, weight)
     if scale is not None:

@@ -27,6 +27,7 @@ struct Op {
   bool about_mean; // whether squares are about the mean
   bool scale;      // whether there is a deviation at all
   bool from_batch; // whether statistics are those of x, so that gradients flow through them
+  bool gated;      // whether sums for tau still want the factor of dL/du
   double eps;
   bool uses_mean() const { return shift || (scale && about_mean); }
 };
@@ -195,6 +196,8 @@ void slopes(const Job<T, R> &job, i64 c0, i64 areas, i64 first, Room<R> &room) {
   double *s0 = room.s[0], *s1 = room.s[1], *h0 = room.weighted[0], *h1 = room.weighted[1];
   const double *mean = room.mean, *moment = room.moment, *inverse = room.inverse;
   each_channel(areas, bc, [&](i64 c, i64 g) { s1[c] *= inverse[g]; });
+  double *s2 = room.s[2];
+  if (op.gated) each_channel(areas, bc, [&](i64 c, i64 g) { s2[c] *= double(gamma[c]) * inverse[g]; });
   for (i64 g = 0; g < areas; g++) {
     double sum0 = 0, sum1 = 0;
     for (i64 c = g * bc; c < (g + 1) * bc; c++) {

@@ -36,6 +36,9 @@ ADDS = True
 """A residual is added in the same pass."""
 _FAMILY = sys.modules[__name__]
 _NO_GRADIENTS = OF_GRADIENTS(*[0] * 7)
+# What only areas that are blocks have, and second moments; see `Spec`.
+_GATED: dict[str | None, int] = {"gated": 8}
+_NUMBERS = {**ACTIVATIONS, **_GATED}
 
 
 def _second(operation: Operation) -> bool:
@@ -59,6 +62,8 @@ def covers(layout: Layout, operation: Operation, activation: str | None) -> bool
     Returns:
         Whether areas are blocks, or runs of channels and the moments second ones.
     """
+    if activation in _GATED:
+        return _second(operation) and layout.blocks is not None and 0 not in layout.shape
     return (
         activation in ACTIVATIONS
         and operation.p != math.inf
@@ -177,7 +182,7 @@ def _recorded(job: Job, x: Tensor) -> _Record:
     walk = rows or columns or (0, 0, 0)
     n, c, p = layout.lengths
     area, statistics, entry = layout.blocks or (1, 1), (0, 0, 0), "normlab"
-    run = lines.channels_of_area(layout)
+    run = None if job.spec.activation in _GATED else lines.channels_of_area(layout)
     if not _second(op):
         entry = "normlab_powers"
     elif run is not None:
@@ -186,7 +191,7 @@ def _recorded(job: Job, x: Tensor) -> _Record:
             n, p, statistics = 1, n, (0, 1, statistics[0])
     call = Call(
         n, c, p, *area, *walk, *walk, *walk, *statistics, rows is None,
-        ACTIVATIONS[job.spec.activation], op.shift, op.about == "mean", op.p is not None,
+        _NUMBERS[job.spec.activation], op.shift, op.about == "mean", op.p is not None,
         job.from_batch, op.power, op.factor,
     )  # fmt: skip
     dtype, library = WIDE[x.dtype], ready()

@@ -19,11 +19,13 @@ static int omp_get_thread_num() { return 0; }
 
 namespace {
 
-// An activation, and whether a residual r is added before it: y = act(u + r).
-enum Act { NONE = 0, RELU = 1, SILU = 2, TLU = 3, ADDED = 4 };
+// An activation, and whether a residual r is added before it: y = act(u + r). GATED is none, but has
+// z sigmoid(tau z) in the place of z = x - mu, and no residual.
+enum Act { NONE = 0, RELU = 1, SILU = 2, TLU = 3, ADDED = 4, GATED = 8 };
 constexpr int plain(int act) { return act & 3; }
 constexpr bool added(int act) { return act & ADDED; }
-constexpr bool dear(int act) { return plain(act) == SILU; } // whether its slope takes long
+constexpr bool dear(int act) { return plain(act) == SILU || act == GATED; } // its slope takes long
+constexpr bool with_tau(int act) { return plain(act) == TLU || act == GATED; }
 
 // 2^t by the polynomial of what is over the whole number below; relative error under 2e-7 in float,
 // where t > -126. 2^-126 or 0 below, infinity from 128 on, NaN for NaN.
@@ -91,6 +93,20 @@ template <int A, class X> inline X slope(X u, X tau, X g) {
   return g;
 }
 
+// z, or z sigmoid(tau z); and with g = dL/dy, dL/du times its slope, and what goes to tau, but for du.
+template <class X> struct Gate {
+  X open, slope, tau;
+};
+template <int A, class X> inline X numerator(X z, X tau) {
+  return A == GATED ? z / over_sigmoid<X>(tau * z) : z;
+}
+template <class X> inline Gate<X> gate_slopes(X z, X tau, X g) {
+  const X zero{};
+  X u = tau * z, e = exp_(-u), gate = 1.0f / (1.0f + e), open = z * gate;
+  X inside = g * open * (u > zero ? e * gate : 1.0f - gate); // neither cancels, nor is inf times 0
+  return {open, g * gate + inside * tau, inside * z};
+}
+
 // Whether a variance from sums of z and z^2 about some number is none: the mean lies more than 4
 // deviations from it, so that digits cancel, or squares overflow R.
 inline bool cancels(double sum, double squares, double count) {
@@ -99,24 +115,33 @@ inline bool cancels(double sum, double squares, double count) {
   return (square > 16.0 * (squares * count - square)) | ((squares > most) & (square <= most));
 }
 
-// body(i) for all from `from` up to `to`; one copy of it, whether threads share it or not.
-template <class F>
+// For a function that many places call, so that there is one copy of it.
 #if defined(__GNUC__)
-__attribute__((noinline))
+#define APART __attribute__((noinline))
+#else
+#define APART
 #endif
-void each(i64 from, i64 to, const F &body) {
-  for (i64 i = from; i < to; i++) body(i);
+
+template <class F> APART void range(i64 from, i64 to, const F &body) {
+  body(from, to);
 }
 
-// body(i) for all under `count`, shared out among threads. One alone goes without OpenMP, which
-// ends even that with a call of the system, for longer than a small layer takes.
-template <class F> void share(i64 count, const F &body) {
-  if (count <= 1 || omp_get_max_threads() == 1) return each(0, count, body);
+// body(from, to) for all under `count`, shared out among threads. One alone goes without OpenMP,
+// which ends even that with a call of the system, for longer than a small layer takes.
+template <class F> void share_ranges(i64 count, const F &body) {
+  if (count <= 1 || omp_get_max_threads() == 1) return range(0, count, body);
 #pragma omp parallel
   {
     const i64 threads = omp_get_num_threads(), me = omp_get_thread_num();
-    each(count * me / threads, count * (me + 1) / threads, body);
+    range(count * me / threads, count * (me + 1) / threads, body);
   }
+}
+
+// body(i) for all under `count`, likewise.
+template <class F> void share(i64 count, const F &body) {
+  share_ranges(count, [&](i64 from, i64 to) {
+    for (i64 i = from; i < to; i++) body(i);
+  });
 }
 
 // f(an element) by number of its type: 0 float32, 1 float64, 2 bfloat16. Returns what f does, or 1

@@ -20,7 +20,7 @@ from normlab.kernels import closed_form, reference
 from normlab.kernels.reference import Moments, Spec
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "tlu": 3}
+ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "silu": 2, "tlu": 3}
 # The dtype of statistics, and of parameters inside the kernels.
 WIDE = dict.fromkeys([torch.float32, torch.bfloat16, torch.float16], torch.float32)
 WIDE[torch.float64] = torch.float64
@@ -316,7 +316,7 @@ def _by_operations(
     assert x is not None
     layout, spec = job.layout, job.spec
     # Stored statistics stand here once for each area, where `closed_form` takes them once in all.
-    backend = closed_form if job.from_batch else reference
+    backend = closed_form if job.from_batch and spec.activation != "gated" else reference
     affine = [None if p is None else layout.per_channel(p) for p in (weight, bias, threshold)]
     y = backend.normalize(
         layout.split(x), Moments(mean, moment, layout.members), *affine,

@@ -11,6 +11,7 @@
 // for gamma, beta and tau, are in double over a number of pieces that depends on the shape alone.
 
 #include "call.h"
+#include "stream.h"
 
 namespace {
 
@@ -20,6 +21,14 @@ constexpr i64 SHORT = 64;         // positions whose sums for parameters are in 
 // Bytes of a tile of columns: no more, so that reading and writing memory overlap.
 constexpr i64 FIRST = 4 << 10;
 constexpr i64 SECOND = 256 << 10; // bytes of a tile of rows, in a second-level cache
+
+// Whether a result is stored past the caches: where it is larger than what they hold, and runs of so
+// many positions follow each other, or have whole lines of memory.
+template <class T> bool streamed(const Call &k, const void *result, i64 wide) {
+  if (!result || k.dr || k.n * k.c * k.p * i64(sizeof(T)) < normlab_streamed) return false;
+  return (!k.columns && wide == k.p && k.yc == k.p) ||
+         whole_lines(static_cast<const T *>(result), k.yn | (k.columns ? k.bc | k.yp : k.p | k.yc));
+}
 
 // One R each a channel of `given`, or `other` where there are none.
 template <class R> std::vector<R> filled(const void *given, i64 c, R other) {
@@ -41,6 +50,7 @@ template <class T, class R> struct Job {
 template <class T> i64 wide(const Call &k, i64 tensors) {
   i64 bytes = k.bc * i64(sizeof(T));
   if (k.columns) return std::min(k.p, std::max<i64>(1, std::min<i64>(SHORT, FIRST / bytes)));
+  if (k.p * bytes <= SECOND) return k.p; // rows then follow each other
   return std::min(k.p, std::max<i64>(SHORT, SECOND / (tensors * bytes) / SHORT * SHORT));
 }
 
@@ -243,7 +253,7 @@ template <class T, class R> void slope_tile(const Job<T, R> &job, const Unit &u,
 // --- forward -------------------------------------------------------------------------------------
 
 template <int A, class T, class R>
-void apply_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t) {
+void apply_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, Out &out) {
   const Call &k = job.k;
   const T *x = u.x<T>(k);
   T *y = u.out<T>(k, k.y);
@@ -256,7 +266,7 @@ void apply_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t) {
       const T *from = x + i * k.xp;
       T *to = y + i * k.yp;
       V<R> mean = all<R>(mu[i]), a = all<R>(inverse[i]), b = all<R>(rest[i]);
-      sweep<R>(k.bc, [&](i64 j, auto at) {
+      out.sweep_to<R>(to, k.bc, [&](i64 j, auto at) {
         V<R> xhat = (at.read(from + j, zero) - mean) * a + b;
         V<R> v = xhat * at.read(gamma + j, zero) + at.read(beta + j, zero);
         if (added(A)) v += at.read(r + i * k.yp + j, zero);
@@ -269,7 +279,7 @@ void apply_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t) {
     V<R> weight = all<R>(gamma[c]), offset = all<R>(beta[c]), least = all<R>(tau[c]);
     const T *from = x + c * k.xc;
     T *to = y + c * k.yc;
-    sweep<R>(u.width, [&](i64 i, auto at) {
+    out.sweep_to<R>(to, u.width, [&](i64 i, auto at) {
       V<R> z = at.read(from + i, zero) - take<R>(mu + i);
       V<R> v = (z * take<R>(inverse + i) + take<R>(rest + i)) * weight + offset;
       if (added(A)) v += at.read(r + c * k.yc + i, zero);
@@ -283,11 +293,11 @@ template <int A, class T, class R> void forward(const Job<T, R> &job) {
   i64 width = wide<T>(k, 1);
   std::vector<Tile<R>> tiles(omp_get_max_threads(), Tile<R>(width));
   i64 units = units_of(k, width);
-  share(units, [&](i64 index) {
+  share_out(units, streamed<T>(k, k.y, width), [&](i64 index, Out &out) {
     Unit u = unit_of(k, index, width);
     Tile<R> &t = tiles[omp_get_thread_num()];
     k.measure ? measured_tile(job, u, t) : given_tile(job, u, t);
-    if (k.y) apply_tile<A>(job, u, t);
+    if (k.y) apply_tile<A>(job, u, t, out);
   });
 }
 
@@ -359,7 +369,7 @@ void sums_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, R *sums, R *slop
 }
 
 template <int A, class T, class R>
-void gradient_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, const R *slopes) {
+void gradient_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, const R *slopes, Out &out) {
   const Call &k = job.k;
   const T *x = u.x<T>(k), *dy = u.dy<T>(k), *r = added(A) ? u.residual<T>(k) : nullptr;
   T *dx = u.out<T>(k, k.dx), *dr = added(A) && k.dr ? u.out<T>(k, k.dr) : nullptr;
@@ -374,7 +384,7 @@ void gradient_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, const R *slo
       const R *kept = slopes + i * k.bc;
       V<R> mean = all<R>(mub[i]), a = all<R>(p1[i]), b = all<R>(q[i]), off = all<R>(less[i]);
       bool flows = q[i] != R(0); // else what x holds does not matter, be it NaN
-      sweep<R>(k.bc, [&](i64 j, auto at) {
+      out.sweep_to<R>(to, k.bc, [&](i64 j, auto at) {
         V<R> g = A == NONE ? at.read(w + j, zero) : at.read(kept + j, zero);
         if (added(A) && dr) at.write(dr + i * k.yp + j, g);
         V<R> through = flows ? (at.read(v + j, zero) - mean) * b : zero;
@@ -387,7 +397,7 @@ void gradient_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, const R *slo
     V<R> scale = all<R>(gamma[c]), offset = all<R>(beta[c]), least = all<R>(tau[c]);
     const T *from = x + c * k.xc, *w = dy + c * k.gc;
     T *to = dx + c * k.yc;
-    sweep<R>(u.width, [&](i64 i, auto at) {
+    out.sweep_to<R>(to, u.width, [&](i64 i, auto at) {
       V<R> v = at.read(from + i, zero), b = take<R>(q + i), g = at.read(w + i, zero);
       if (A != NONE) {
         V<R> before = (v - take<R>(mu + i)) * take<R>(inverse + i) * scale + offset;
@@ -400,11 +410,6 @@ void gradient_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, const R *slo
       at.write(to + i, g * scale * take<R>(p1 + i) - through - take<R>(less + i));
     });
   }
-}
-
-// Units cut into pieces: body(piece, from, to) for each, in parallel.
-template <class F> void pieces(i64 units, i64 count, F body) {
-  share(count, [&](i64 i) { body(i, units * i / count, units * (i + 1) / count); });
 }
 
 // Sums for gamma, beta and tau, one of each piece.
@@ -432,13 +437,14 @@ template <int A, class T, class R> void backward(const Job<T, R> &job) {
   i64 room = k.columns ? (3 * k.c + (A == NONE ? 0 : width * k.bc) + 63) / 64 * 64 : 0;
   std::vector<R> scratch(std::size_t(room * omp_get_max_threads()));
   Parameters all(k.c, count);
-  pieces(units, count, [&](i64 piece, i64 first, i64 last) {
+  share_out(count, streamed<T>(k, k.dx, width), [&](i64 piece, Out &out) {
+    const i64 last = units * (piece + 1) / count;
     Tile<R> &t = tiles[omp_get_thread_num()];
     R *sums = scratch.data() + room * omp_get_thread_num(), *slopes = sums + 3 * k.c;
     double *into = all.of(piece);
     i64 rows = 0;
     if (k.columns) std::fill(sums, slopes, R(0));
-    for (i64 index = first; index < last; index++) {
+    for (i64 index = units * piece / count; index < last; index++) {
       Unit u = unit_of(k, index, width);
       given_tile(job, u, t);
       sums_tile<A>(job, u, t, sums, slopes, into);
@@ -448,7 +454,7 @@ template <int A, class T, class R> void backward(const Job<T, R> &job) {
         rows = 0;
       }
       slope_tile(job, u, t);
-      if (k.dx) gradient_tile<A>(job, u, t, slopes);
+      if (k.dx) gradient_tile<A>(job, u, t, slopes, out);
     }
   });
   all.template finish<R>(k);

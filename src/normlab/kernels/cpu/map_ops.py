@@ -3,7 +3,7 @@
 ``normlab::maps_apply`` is y = f(x; coefficients), with gradients of all it takes. Through moments
 and middle the gradient of x needs what has reached the coefficients, so that one function has the
 backward pass of all of it: ``normlab::maps_sums``, the derivative of the middle, traced, and
-``normlab::maps_gradient``; or ``normlab::maps_local``, one pass for both. See `maps`.
+``normlab::maps_gradient``. See `maps`.
 """
 
 from __future__ import annotations
@@ -112,18 +112,6 @@ def _gradient(dy: Tensor, k: Tensor | None, h: Tensor | None, *given: Any) -> Te
     return like((_directly(job, given, dy)[0] + through).to(x.dtype), x)
 
 
-def _local(dy: Tensor, k: Tensor, h: Tensor, groups: int, *given: Any) -> tuple[Tensor, Tensor]:
-    job, (x, _, coefficients) = _job(given)._replace(groups=groups), given[:3]
-    if present():
-        sums = torch.empty_like(coefficients, memory_format=torch.contiguous_format)
-        return _pass(maps._LOCAL, job, given, True, dy, k=k, h=h, sums=sums), sums
-    dx, sums = _directly(job, given, dy)
-    shared = (k * sums[0]).view(len(x), groups, -1).sum(2, keepdim=True)
-    shared = shared.expand(-1, -1, k.shape[1] // groups).reshape(k.shape)
-    through = maps.curve("line", job.layout, x, h, (shared, torch.zeros_like(h)))
-    return like((dx + through).to(x.dtype), x), sums
-
-
 def _fake_sums(dy: Tensor, *given: Any) -> Tensor:
     return torch.empty_like(given[2], memory_format=torch.contiguous_format)
 
@@ -133,8 +121,6 @@ for _schema, _real, _fake in (
     (f"maps_sums(Tensor dy, {_X}) -> Tensor", _sums, _fake_sums),
     (f"maps_gradient(Tensor dy, Tensor? k, Tensor? h, {_X}) -> Tensor", _gradient,
      lambda dy, k, h, x, *_: torch.empty_like(x)),
-    (f"maps_local(Tensor dy, Tensor k, Tensor h, int groups, {_X}) -> (Tensor, Tensor)", _local,
-     lambda dy, k, h, groups, x, *rest: (torch.empty_like(x), _fake_sums(dy, x, *rest))),
 ):  # fmt: skip
     define(_schema, _real, _fake)
 
@@ -177,9 +163,8 @@ def _coefficients(job: Job, mean: Tensor, variance: Tensor, parameters: Paramete
 
 
 def _given(job: Job, x: Tensor, mean: Tensor, coefficients: Tensor) -> _Pass:
-    """The arguments of every pass. Moments of groups are no means of maps: a gate has none."""
-    about = None if job.curve == "gated" else mean
-    return x, about, coefficients, job.curve, job.layout.channel_dim
+    """The arguments of every pass."""
+    return x, mean, coefficients, job.curve, job.layout.channel_dim
 
 
 def _composed(x: Tensor, job: Job, parameters: Parameters) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,19 +197,14 @@ class _Traced(torch.autograd.Function):
         values, pull = _pullback(job, mean, variance, parameters)
         given = _given(job, x, mean, values)
         dx = None
-        if needs[0] and job.local is not None:
-            k, h = _full(job, job.local(mean, variance, values[0]))
-            dx, sums = torch.ops.normlab.maps_local(dy, k, h, job.groups, *given)
-            *_, slopes = pull(sums)
-        else:
-            sums = torch.ops.normlab.maps_sums(dy, *given)
-            dmean, dvariance, slopes = pull(sums)
-            if needs[0]:
-                if job.curve == "line":  # which is about the map's own mean
-                    dmean = dmean - values[0] * sums[1]
-                size = job.layout.members
-                k, h = _full(job, (dvariance * (2 / size), dmean / size))
-                dx = torch.ops.normlab.maps_gradient(dy, k, h, *given)
+        sums = torch.ops.normlab.maps_sums(dy, *given)
+        dmean, dvariance, slopes = pull(sums)
+        if needs[0]:
+            if job.curve == "line":  # which is about the map's own mean
+                dmean = dmean - values[0] * sums[1]
+            size = job.layout.members
+            k, h = _full(job, (dvariance * (2 / size), dmean / size))
+            dx = torch.ops.normlab.maps_gradient(dy, k, h, *given)
         return dx, None, *(g if need else None for g, need in zip(slopes, needs[2:], strict=True))
 
 

@@ -8,7 +8,7 @@
 // Orders of memory are those of normalize.cpp. Sums over a map are partial sums in R, in double from
 // there on, in an order that depends on the shape alone.
 
-#include "common.h"
+#include "stream.h"
 
 namespace {
 
@@ -26,21 +26,6 @@ struct Line {
   template <class X> static X value(X x, const Coefficients<X> &q) { return (x - q.mu) * q.a + q.b; }
   template <class X> static void slopes(X x, X g, const Coefficients<X> &q, X *to) {
     to[0] = g * q.a, to[1] = g * (x - q.mu), to[2] = g;
-  }
-};
-
-// y = x sigmoid(v x) a + b
-struct Gated {
-  static constexpr int coefficients = 3;
-  template <class X> static X value(X x, const Coefficients<X> &q) {
-    return x / over_sigmoid<X>(q.v * x) * q.a + q.b;
-  }
-  template <class X> static void slopes(X x, X g, const Coefficients<X> &q, X *to) {
-    const X zero{};
-    X u = q.v * x, e = exp_(-u), gate = 1.0f / (1.0f + e), open = x * gate, through = g * q.a;
-    X shut = u > zero ? e * gate : 1.0f - gate; // neither cancels, nor is infinite times 0
-    X inside = through * open * shut;           // of v x
-    to[0] = through * gate + inside * q.v, to[1] = g * open, to[2] = g, to[3] = inside * x;
   }
 };
 
@@ -64,7 +49,7 @@ struct Larger {
 struct Maps {
   i64 n, c, p;
   i64 xn, xc, xp, gn, gc, gp, yn, yc, yp; // strides of x, of dy, and of y or dx
-  i64 columns, curve, groups;
+  i64 columns, curve;
   const void *x, *dy, *mean, *k, *h; // mean, k and h: one number each a map, sample by sample
   const void *a, *b, *v, *d, *s;     // as many, of those coefficients that the curve has
   void *out, *sums;                  // y or dx; coefficients x N x C, in the order above
@@ -81,7 +66,7 @@ template <class R> struct Numbers {
 };
 
 template <class T, class R> struct Job {
-  i64 n, c, p, groups;
+  i64 n, c, p;
   Strides xs, gs, ys;
   const T *x, *dy;
   T *out;
@@ -99,7 +84,7 @@ inline Coefficients<V<R>> gathered(const Numbers<R> &of, Read read) {
   constexpr int K = F::coefficients;
   const V<R> zero{};
   return {read(of.mean), read(of.a), read(of.b), K > 2 ? read(of.v) : zero,
-          K > 3 ? read(of.d) : zero, K > 3 ? read(of.s) : zero};
+          K > 2 ? read(of.d) : zero, K > 2 ? read(of.s) : zero};
 }
 template <class F, class R> inline Coefficients<V<R>> of_map(const Numbers<R> &of) {
   return gathered<F>(of, [](const R *q) { return all<R>(*q); });
@@ -114,14 +99,17 @@ constexpr i64 STEP = 128;   // rows of a column, that are summed in R before sum
 
 // --- rows: a map is P contiguous elements ----------------------------------------------------------
 
-template <class F, class T, class R> void apply_row(const T *x, T *y, i64 p, const Numbers<R> &of) {
+template <class F, class T, class R>
+void apply_row(const T *x, T *y, i64 p, const Numbers<R> &of, Out &out) {
   const Coefficients<V<R>> q = of_map<F>(of);
-  sweep<R>(p, [&](i64 i, auto at) { at.write(y + i, F::value(at.read(x + i, V<R>{}), q)); });
+  out.sweep_to<R>(y, p, [&](i64 i, auto at) {
+    at.write(y + i, F::value(at.read(x + i, V<R>{}), q));
+  });
 }
 
-// Adds to `sums`; leaves the gradient that flows to x directly in `own`, if given.
-template <class F, bool keep, class T, class R>
-void sum_row(const T *x, const T *dy, i64 p, const Numbers<R> &of, double *sums, R *own) {
+// Adds to `sums`.
+template <class F, class T, class R>
+void sum_row(const T *x, const T *dy, i64 p, const Numbers<R> &of, double *sums) {
   constexpr int K = F::coefficients;
   const Coefficients<V<R>> q = of_map<F>(of);
   for (i64 first = 0; first < p; first += CHUNK) {
@@ -129,7 +117,6 @@ void sum_row(const T *x, const T *dy, i64 p, const Numbers<R> &of, double *sums,
     sweep<R>(std::min(CHUNK, p - first), [&](i64 i, auto at) {
       F::slopes(at.read(x + first + i, V<R>{}), at.read(dy + first + i, V<R>{}), q, one);
       for (int j = 0; j < K; j++) s[j] += at.live(one[j + 1]);
-      if (keep) at.write(own + first + i, one[0]);
     });
     for (int j = 0; j < K; j++) sums[j] += total<R>(s[j]);
   }
@@ -142,10 +129,10 @@ template <class X> inline X through(X x, X mu, X k, X h) {
 }
 
 template <class F, class T, class R>
-void gradient_row(const T *x, const T *dy, T *dx, i64 p, const Numbers<R> &of) {
+void gradient_row(const T *x, const T *dy, T *dx, i64 p, const Numbers<R> &of, Out &out) {
   const Coefficients<V<R>> q = of_map<F>(of);
   const V<R> k = all<R>(of.k[0]), h = all<R>(of.h[0]);
-  sweep<R>(p, [&](i64 i, auto at) {
+  out.sweep_to<R>(dx, p, [&](i64 i, auto at) {
     V<R> e = at.read(x + i, V<R>{}), one[F::coefficients + 1];
     F::slopes(e, at.read(dy + i, V<R>{}), q, one);
     at.write(dx + i, one[0] + through<V<R>>(e, q.mu, k, h));
@@ -155,22 +142,23 @@ void gradient_row(const T *x, const T *dy, T *dx, i64 p, const Numbers<R> &of) {
 // --- columns: a sample is P rows of C contiguous channels ------------------------------------------
 
 template <class F, class T, class R>
-void apply_columns(const T *x, i64 xp, T *y, i64 yp, i64 rows, i64 c, const Numbers<R> &of) {
+void apply_columns(const T *x, i64 xp, T *y, i64 yp, i64 rows, i64 c, const Numbers<R> &of,
+                   Out &out) {
   for (i64 r = 0; r < rows; r++, x += xp, y += yp)
-    sweep<R>(c, [&](i64 j, auto at) {
+    out.sweep_to<R>(y, c, [&](i64 j, auto at) {
       at.write(y + j, F::value(at.read(x + j, V<R>{}), of_channels<F>(of, j, at)));
     });
 }
 
 // Adds to `sums`, C for each coefficient, by way of as many in `work`.
-template <class F, bool keep, class T, class R>
+template <class F, class T, class R>
 void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const Numbers<R> &of,
-                 double *sums, R *work, R *own) {
+                 double *sums, R *work) {
   constexpr int K = F::coefficients;
   for (i64 first = 0; first < rows; first += STEP) {
     i64 last = std::min(first + STEP, rows);
     std::fill(work, work + K * c, R(0));
-    for (i64 r = first; r < last; r++, x += xp, dy += gp, own += keep ? c : 0)
+    for (i64 r = first; r < last; r++, x += xp, dy += gp)
       sweep<R>(c, [&](i64 j, auto at) {
         const V<R> zero{};
         V<R> one[K + 1];
@@ -179,7 +167,6 @@ void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const
           R *sum = work + i * c + j;
           at.write(sum, at.read(sum, zero) + one[i + 1]);
         }
-        if (keep) at.write(own + j, one[0]);
       });
     for (i64 j = 0; j < K * c; j++) sums[j] += double(work[j]);
   }
@@ -187,9 +174,9 @@ void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const
 
 template <class F, class T, class R>
 void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i64 rows, i64 c,
-                      const Numbers<R> &of) {
+                      const Numbers<R> &of, Out &out) {
   for (i64 r = 0; r < rows; r++, x += xp, dy += gp, dx += yp)
-    sweep<R>(c, [&](i64 j, auto at) {
+    out.sweep_to<R>(dx, c, [&](i64 j, auto at) {
       const Coefficients<V<R>> q = of_channels<F>(of, j, at);
       V<R> e = at.read(x + j, V<R>{}), one[F::coefficients + 1];
       V<R> k = at.read(of.k + j, V<R>{}), h = at.read(of.h + j, V<R>{});
@@ -200,9 +187,17 @@ void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i6
 
 // --- passes ----------------------------------------------------------------------------------------
 
-// Calls f(sample, channel) for every map.
+// Whether a result is stored past the caches: where it is larger than what they hold, and rows follow
+// each other, or columns have whole lines of memory.
+template <class T, class R> bool streamed(const Job<T, R> &job, bool columns) {
+  if (!job.out || job.n * job.c * job.p * i64(sizeof(T)) < normlab_streamed) return false;
+  return columns ? whole_lines(job.out, job.ys.n | job.ys.p) : job.ys.c == job.p;
+}
+
+// Calls f(sample, channel, out) for every map.
 template <class T, class R, class Call> void each_row(const Job<T, R> &job, Call f) {
-  share(job.n * job.c, [&](i64 map) { f(map / job.c, map % job.c); });
+  share_out(job.n * job.c, streamed(job, false),
+            [&](i64 map, Out &out) { f(map / job.c, map % job.c, out); });
 }
 
 // Parts of a sample in columns, so that threads have work where samples are few.
@@ -210,48 +205,47 @@ template <class T, class R> i64 parts_of(const Job<T, R> &job) {
   return std::max<i64>(1, std::min<i64>(64 / std::max<i64>(1, job.n), job.p / 64));
 }
 
-// Calls f(sample, number of the part, first position, positions) for all parts of all samples.
+// Calls f(sample, number of the part, first position, positions, out) for all parts of all samples.
 template <class T, class R, class Call> void each_part(const Job<T, R> &job, Call f) {
-  i64 parts = parts_of(job);
-  share(job.n * parts, [&](i64 unit) {
+  const i64 parts = parts_of(job);
+  share_out(job.n * parts, streamed(job, true), [&](i64 unit, Out &out) {
     i64 n = unit / parts, i = unit % parts, first = job.p * i / parts;
-    f(n, unit, first, job.p * (i + 1) / parts - first);
+    f(n, unit, first, job.p * (i + 1) / parts - first, out);
   });
 }
 
 template <class F, class T, class R> void apply(const Job<T, R> &job, bool columns) {
   const Strides &xs = job.xs, &ys = job.ys;
   if (columns)
-    each_part(job, [&](i64 n, i64, i64 p, i64 rows) {
+    each_part(job, [&](i64 n, i64, i64 p, i64 rows, Out &out) {
       apply_columns<F>(job.x + n * xs.n + p * xs.p, xs.p, job.out + n * ys.n + p * ys.p, ys.p, rows,
-                       job.c, job.from(n * job.c));
+                       job.c, job.from(n * job.c), out);
     });
   else
-    each_row(job, [&](i64 n, i64 c) {
+    each_row(job, [&](i64 n, i64 c, Out &out) {
       apply_row<F>(job.x + n * xs.n + c * xs.c, job.out + n * ys.n + c * ys.c, job.p,
-                   job.from(n * job.c + c));
+                   job.from(n * job.c + c), out);
     });
 }
 
 template <class F, class T, class R> void sum(const Job<T, R> &job, bool columns) {
   constexpr int K = F::coefficients;
   const Strides &xs = job.xs, &gs = job.gs;
-  R *none = nullptr;
   if (!columns)
-    return each_row(job, [&](i64 n, i64 c) {
+    return each_row(job, [&](i64 n, i64 c, Out &) {
       double totals[5] = {};
       i64 map = n * job.c + c;
-      sum_row<F, false>(job.x + n * xs.n + c * xs.c, job.dy + n * gs.n + c * gs.c, job.p,
-                        job.from(map), totals, none);
+      sum_row<F>(job.x + n * xs.n + c * xs.c, job.dy + n * gs.n + c * gs.c, job.p,
+                        job.from(map), totals);
       for (int j = 0; j < K; j++) job.sums[j * job.n * job.c + map] = R(totals[j]);
     });
   i64 parts = parts_of(job), width = K * job.c;
   std::vector<double> totals(job.n * parts * width);
   std::vector<R> work(job.n * parts * width);
-  each_part(job, [&](i64 n, i64 unit, i64 p, i64 rows) {
-    sum_columns<F, false>(job.x + n * xs.n + p * xs.p, xs.p, job.dy + n * gs.n + p * gs.p, gs.p,
+  each_part(job, [&](i64 n, i64 unit, i64 p, i64 rows, Out &) {
+    sum_columns<F>(job.x + n * xs.n + p * xs.p, xs.p, job.dy + n * gs.n + p * gs.p, gs.p,
                           rows, job.c, job.from(n * job.c), totals.data() + unit * width,
-                          work.data() + unit * width, none);
+                          work.data() + unit * width);
   });
   for (i64 n = 0; n < job.n; n++)
     for (i64 j = 0; j < width; j++) {
@@ -264,87 +258,31 @@ template <class F, class T, class R> void sum(const Job<T, R> &job, bool columns
 template <class F, class T, class R> void gradient(const Job<T, R> &job, bool columns) {
   const Strides &xs = job.xs, &gs = job.gs, &ys = job.ys;
   if (columns)
-    each_part(job, [&](i64 n, i64, i64 p, i64 rows) {
+    each_part(job, [&](i64 n, i64, i64 p, i64 rows, Out &out) {
       gradient_columns<F>(job.x + n * xs.n + p * xs.p, xs.p, job.dy + n * gs.n + p * gs.p, gs.p,
-                          job.out + n * ys.n + p * ys.p, ys.p, rows, job.c, job.from(n * job.c));
+                          job.out + n * ys.n + p * ys.p, ys.p, rows, job.c, job.from(n * job.c),
+                          out);
     });
   else
-    each_row(job, [&](i64 n, i64 c) {
+    each_row(job, [&](i64 n, i64 c, Out &out) {
       gradient_row<F>(job.x + n * xs.n + c * xs.c, job.dy + n * gs.n + c * gs.c,
-                      job.out + n * ys.n + c * ys.c, job.p, job.from(n * job.c + c));
+                      job.out + n * ys.n + c * ys.c, job.p, job.from(n * job.c + c), out);
     });
 }
 
-// Sums and gradient at once, where what flows through the moments of a map stays in its sample, and
-// in its group of channels there: dx = dy f'(x) + (x - h) * sum over the group of k times the
-// gradient of a. What flows directly is kept while it is in cache, so that f' is taken once.
-template <class F, class T, class R> void local(const Job<T, R> &job, bool columns) {
-  constexpr int K = F::coefficients;
-  const Strides &xs = job.xs, &gs = job.gs, &ys = job.ys;
-  i64 bc = job.c / job.groups, together = columns ? job.c : bc, maps = job.n * job.c;
-  i64 threads = omp_get_max_threads(), width = K * job.c;
-  std::vector<R> own(threads * together * job.p), work(threads * (width + job.c));
-  std::vector<double> totals(threads * width);
-  share(maps / together, [&](i64 unit) {
-    i64 me = omp_get_thread_num(), n = unit * together / job.c, c0 = unit * together % job.c;
-    R *direct = own.data() + me * together * job.p, *mine = work.data() + me * (width + job.c);
-    double *sums = totals.data() + me * width;
-    std::fill(sums, sums + width, 0.0);
-    const T *x = job.x + n * xs.n, *dy = job.dy + n * gs.n;
-    T *dx = job.out + n * ys.n;
-    if (columns) {
-      sum_columns<F, true>(x, xs.p, dy, gs.p, job.p, job.c, job.from(n * job.c), sums, mine, direct);
-      for (i64 j = 0; j < width; j++)
-        job.sums[j / job.c * maps + n * job.c + j % job.c] = R(sums[j]);
-    } else {
-      for (i64 c = 0; c < bc; c++) {
-        double *row = sums + c * K;
-        sum_row<F, true>(x + (c0 + c) * xs.c, dy + (c0 + c) * gs.c, job.p,
-                         job.from(n * job.c + c0 + c), row, direct + c * job.p);
-        for (int j = 0; j < K; j++) job.sums[j * maps + n * job.c + c0 + c] = R(row[j]);
-      }
-    }
-    const Numbers<R> of = job.from(n * job.c + c0);
-    R *through = mine + width;
-    for (i64 c = 0; c < together; c += bc) {
-      double flow = 0;
-      for (i64 j = c; j < c + bc; j++) flow += double(of.k[j]) * sums[columns ? j : j * K];
-      std::fill(through + c, through + c + bc, R(flow));
-    }
-    const R *h = of.h;
-    if (columns)
-      for (i64 r = 0; r < job.p; r++, x += xs.p, dx += ys.p, direct += job.c)
-        sweep<R>(job.c, [&](i64 j, auto at) {
-          const V<R> zero{};
-          V<R> z = at.read(x + j, zero) - at.read(h + j, zero);
-          at.write(dx + j, at.read(direct + j, zero) + z * at.read(through + j, zero));
-        });
-    else
-      for (i64 c = 0; c < bc; c++, direct += job.p) {
-        const T *from = x + (c0 + c) * xs.c;
-        T *to = dx + (c0 + c) * ys.c;
-        const V<R> centre = all<R>(h[c]), k = all<R>(through[c]), zero{};
-        sweep<R>(job.p, [&](i64 i, auto at) {
-          at.write(to + i, at.read(direct + i, zero) + (at.read(from + i, zero) - centre) * k);
-        });
-      }
-  });
-}
-
-enum Pass { APPLY = 0, SUMS = 1, GRADIENT = 2, LOCAL = 3 };
+enum Pass { APPLY = 0, SUMS = 1, GRADIENT = 2 };
 
 template <class F, class T> int pass(const Maps &m, int which) {
   using R = typename Math<T>::type;
   // What the pass does not read may be absent; its address is moved along all the same.
   auto r = [&](const void *q) { return static_cast<const R *>(q ? q : m.mean); };
-  Job<T, R> job{m.n, m.c, m.p, m.groups, {m.xn, m.xc, m.xp}, {m.gn, m.gc, m.gp}, {m.yn, m.yc, m.yp},
+  Job<T, R> job{m.n, m.c, m.p, {m.xn, m.xc, m.xp}, {m.gn, m.gc, m.gp}, {m.yn, m.yc, m.yp},
                 static_cast<const T *>(m.x), static_cast<const T *>(m.dy),
                 static_cast<T *>(m.out), static_cast<R *>(m.sums),
                 {r(m.mean), r(m.k), r(m.h), r(m.a), r(m.b), r(m.v), r(m.d), r(m.s)}};
   if (which == APPLY) apply<F>(job, m.columns);
   else if (which == SUMS) sum<F>(job, m.columns);
   else if (which == GRADIENT) gradient<F>(job, m.columns);
-  else if (which == LOCAL) local<F>(job, m.columns);
   else return 1;
   return 0;
 }
@@ -352,15 +290,14 @@ template <class F, class T> int pass(const Maps &m, int which) {
 template <class T> int choose(const Maps &m, int which) {
   switch (m.curve) {
   case 0: return pass<Line, T>(m, which);
-  case 1: return pass<Gated, T>(m, which);
-  case 2: return pass<Larger, T>(m, which);
+  case 1: return pass<Larger, T>(m, which);
   default: return 1;
   }
 }
 
 } // namespace
 
-// pass: 0 y, 1 sums, 2 dx, 3 sums and dx. Returns 0, or 1 for another pass, curve or dtype, 2
+// pass: 0 y, 1 sums, 2 dx. Returns 0, or 1 for another pass, curve or dtype, 2
 // without memory.
 EXPORT int normlab_maps(const Maps *maps, int pass, int dtype) noexcept {
   return typed(dtype, [&](auto element) { return choose<decltype(element)>(*maps, pass); });

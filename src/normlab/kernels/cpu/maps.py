@@ -30,46 +30,31 @@ from normlab.core.partition import Layout, partition
 from normlab.kernels import dispatch, reference
 from normlab.kernels.cpu import call, function, library
 
-Curve = Literal["line", "gated", "larger"]
-_APPLY, _SUMS, _GRADIENT, _LOCAL = range(4)  # as the C++ enumerates its passes
+Curve = Literal["line", "larger"]
+_APPLY, _SUMS, _GRADIENT = range(3)  # as the C++ enumerates its passes
 _CURVES: dict[Curve, tuple[int, tuple[str, ...]]] = {
     "line": (0, ("a", "b")),
-    "gated": (1, ("a", "b", "v")),
-    "larger": (2, ("a", "b", "v", "d", "s")),
+    "larger": (1, ("a", "b", "v", "d", "s")),
 }
 MAPS = partition("n c * -> (n c) (*)")
 _MOMENTS = Standardize(eps=0.0)
 
 Middle = Callable[..., Sequence[Tensor]]
 """(μ, σ², *parameters) → coefficients, (N, C) or broadcast to it; μ and σ² are (N, areas)."""
-Local = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(μ, σ², a) → k and h, each (N, C) or broadcast to it."""
-Pull = Callable[[Tensor, Tensor], Sequence[Tensor]]
-"""((coefficients, N, C), σ²) → gradients of the parameters, in their order."""
 
 
 class Job(NamedTuple):
     """What both directions need beside their tensors.
 
     Attributes:
-        curve: ``"line"``: (x − μ)·a + b; ``"gated"``: x·sigmoid(v·x)·a + b; ``"larger"``:
-            x/max(d, v·x + s)·a + b.
+        curve: ``"line"``: (x − μ)·a + b; ``"larger"``: x/max(d, v·x + s)·a + b.
         layout: Areas of the moments: blocks of the channels of one sample; maps for a ``"line"``.
         middle: What gives the coefficients in the order a, b, v, d, s.
-        groups: Where what flows through the moments of a map stays in its sample and its group of
-            channels there: the number of groups, else 0.
-        local: In this case, what gives k and h: through a, and no other coefficient, flows
-            (x − h)·Σk·∂L/∂a, summed over the group. One pass then does for sums and ∂L/∂x.
-        pull: In this case, the gradients of the parameters from the sums of those of the
-            coefficients and σ²; None leaves them to autograd.
     """
 
     curve: Curve
     layout: Layout
     middle: Middle
-    groups: int = 0
-    local: Local | None = None
-    pull: Pull | None = None
 
 
 class _Call(ctypes.Structure):
@@ -78,7 +63,6 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int64) for name in (
             "n", "c", "p", "xn", "xc", "xp", "gn", "gc", "gp", "yn", "yc", "yp", "columns", "curve",
-            "groups",
         )],
         *[(name, ctypes.c_void_p) for name in (
             "x", "dy", "mean", "k", "h", "a", "b", "v", "d", "s", "out", "sums",
@@ -152,7 +136,7 @@ def _run(
     """One pass over x."""
     number, names = _CURVES[job.curve]
     walks = (_walk(t, job.layout, columns) for t in (x, dy, out))
-    record = _Call(*job.layout.lengths, *chain.from_iterable(walks), columns, number, job.groups)
+    record = _Call(*job.layout.lengths, *chain.from_iterable(walks), columns, number)
     numbers = (*zip(names, coefficients, strict=True), *rest.items())
     for name, tensor in (("x", x), ("mean", mean), ("out", out), ("dy", dy), *numbers):
         setattr(record, name, None if tensor is None else tensor.data_ptr())
@@ -205,25 +189,18 @@ class _Fused(torch.autograd.Function):
         x, columns = _placed(x, job.layout)
         mean, variance = mean.contiguous(), variance.contiguous()
         dy = _along(dy, x, job.layout, columns)
-        local = job.local if needs[0] else None
-        through, pull = needs[0] and local is None, job.pull if local is not None else None
-        with torch.set_grad_enabled(pull is None):
-            wanted = (through, through, *needs[2:]) if pull is None else None
-            leaves = _leaves((mean, variance, *parameters), mean.dtype, wanted)
+        with torch.enable_grad():
+            leaves = _leaves(
+                (mean, variance, *parameters), mean.dtype, (needs[0], needs[0], *needs[2:])
+            )
             coefficients = [t.expand(job.layout.lengths[:2]) for t in job.middle(*leaves)]
         values = _full(coefficients, job.layout, mean.dtype)
         sums = mean.new_empty(len(values), *job.layout.lengths[:2])
-        dx = call._like(x, job.layout, columns) if needs[0] else None
-        if local is not None:
-            k, h = _full(local(mean, variance, values[0]), job.layout, mean.dtype)
-            _run(_LOCAL, job, x, columns, mean, values, dx, dy, k=k, h=h, sums=sums)
-        else:
-            _run(_SUMS, job, x, columns, mean, values, None, dy, sums=sums)
-        if pull is None:
-            dmean, dvariance, *slopes = _pulled(coefficients, sums, leaves)
-        else:
-            slopes = list(pull(sums, variance))
-        if through:
+        _run(_SUMS, job, x, columns, mean, values, None, dy, sums=sums)
+        dmean, dvariance, *slopes = _pulled(coefficients, sums, leaves)
+        dx = None
+        if needs[0]:
+            dx = call._like(x, job.layout, columns)
             dmean, dvariance = (mean.new_zeros(()) if g is None else g for g in (dmean, dvariance))
             if job.curve == "line":  # which is about the map's own mean
                 dmean = dmean - values[0] * sums[1]
@@ -294,8 +271,6 @@ def curve(
     if which == "line":
         assert mean is not None
         z = z - mean.reshape(shape)
-    elif which == "gated":
-        z = z * torch.sigmoid(more[0] * z)
     else:
         v, d, s = more
         z = z / torch.maximum(d, v * z + s)
@@ -303,9 +278,8 @@ def curve(
 
 
 def fused(
-    curve: Curve, x: Tensor, layout: Layout, middle: Middle, *parameters: Tensor | None,
-    groups: int = 0, local: Local | None = None, pull: Pull | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    curve: Curve, x: Tensor, layout: Layout, middle: Middle, *parameters: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """y = f(x; middle(μ, σ², *parameters)), and the moments.
 
     Args:
@@ -315,14 +289,11 @@ def fused(
         middle: Differentiable, without random numbers or side effects: it runs again in the
             backward pass. Gets the parameters in the dtype of the moments, float32 or float64.
         *parameters: What it needs beside the moments, and is differentiated for.
-        groups: See `Job`.
-        local: See `Job`.
-        pull: See `Job`.
 
     Returns:
         y in the dtype and memory order of x; μ and σ² of shape (N, areas), without gradient.
     """
-    job = Job(curve, layout, middle, groups, local, pull)
+    job = Job(curve, layout, middle)
     traced = dispatch.traced()
     if traced is not None:
         found: tuple[Tensor, Tensor, Tensor] = traced.map_ops.fused(x, job, parameters)

@@ -10,6 +10,7 @@
 //
 // One family of formulas, for statistics mu (mean) and M (mean of squares about mu or zero):
 //   u = (x - s mu) / sqrt(M + eps) * gamma + beta,  y = a(u), or a(u + r) with a residual r
+// or with x sigmoid(tau x) for x - s mu.
 // No torch or Python headers: plain C entry points at the end, called through ctypes.
 //
 // Moments are sums of z and z^2, z = x - shift, in one pass, with an element of the area as shift;
@@ -69,6 +70,19 @@ void measure_rows(const Job<T, R> &job, i64 n0, i64 c0, i64 width, i64 first, Ro
   }
 }
 
+// Whether a result is stored past the caches: where it is larger than what they hold, and rows follow
+// each other, or columns have whole lines of memory.
+template <class T, class R> bool streamed(const Job<T, R> &job, const T *result) {
+  const Shape &s = job.s;
+  return result && !job.dr && s.n * s.c * s.p * i64(sizeof(T)) >= normlab_streamed;
+}
+template <class T, class R> bool streamed_rows(const Job<T, R> &job, const T *result) {
+  return streamed(job, result) && job.ys.c == job.s.p;
+}
+template <class T, class R> bool streamed_columns(const Job<T, R> &job, const T *result) {
+  return streamed(job, result) && whole_lines(result, job.ys.n | job.ys.p);
+}
+
 // How blocks of channels and of samples are shared out: tasks are the same for any number of
 // threads, but for the width of a block, on which no sum depends.
 struct Plan {
@@ -87,16 +101,16 @@ template <class T> Plan plan_rows(const Shape &s) {
   return {width, blocks, std::min(blocks, std::max<i64>(1, TASKS / bundles)), bundles};
 }
 
-// f(bundle, n0, c0, width, room) for all blocks, those of one bundle of samples in order.
+// f(bundle, n0, c0, width, room, out) for all blocks, those of one bundle of samples in order.
 template <class T, class R, class F>
-void blocks_of_rows(const Shape &s, int kinds, bool keep, F f) {
+void blocks_of_rows(const Shape &s, int kinds, bool keep, bool streams, F f) {
   const Plan plan = plan_rows<T>(s);
   const i64 outer = s.n / s.bn;
   std::vector<Room<R>> rooms;
   for (int i = 0; i < omp_get_max_threads(); i++)
     rooms.emplace_back(plan.width, plan.width * kinds * LANES<R>,
                        keep ? slopes_kept(s, plan.width) : 0);
-  share(plan.bundles * plan.stripes, [&](i64 task) {
+  share_out(plan.bundles * plan.stripes, streams, [&](i64 task, Out &out) {
     const i64 bundle = task / plan.stripes, stripe = task % plan.stripes;
     const i64 from = outer * bundle / plan.bundles, to = outer * (bundle + 1) / plan.bundles;
     const i64 b0 = plan.blocks * stripe / plan.stripes;
@@ -104,7 +118,7 @@ void blocks_of_rows(const Shape &s, int kinds, bool keep, F f) {
     for (i64 o = from; o < to; o++)
       for (i64 b = b0; b < b1; b++) {
         i64 c0 = b * plan.width;
-        f(bundle, o * s.bn, c0, std::min(plan.width, s.c - c0), rooms[omp_get_thread_num()]);
+        f(bundle, o * s.bn, c0, std::min(plan.width, s.c - c0), rooms[omp_get_thread_num()], out);
       }
   });
 }
@@ -112,7 +126,7 @@ void blocks_of_rows(const Shape &s, int kinds, bool keep, F f) {
 template <int A, class T, class R>
 void forward_rows(const Job<T, R> &job, T *y, bool measure) {
   const Shape &s = job.s;
-  blocks_of_rows<T, R>(s, 2, false, [&](i64, i64 n0, i64 c0, i64 width, Room<R> &room) {
+  const auto f = [&](i64, i64 n0, i64 c0, i64 width, Room<R> &room, Out &out) {
     const i64 first = s.area(n0, c0), areas = width / s.bc;
     if (measure) measure_rows(job, n0, c0, width, first, room);
     else given(job, first, areas, room);
@@ -122,15 +136,16 @@ void forward_rows(const Job<T, R> &job, T *y, bool measure) {
       for (i64 j = 0; j < width; j++) {
         const i64 at = job.ys.row(n, c0 + j);
         run_apply<A, T, R>(job.x + job.xs.row(n, c0 + j), along<A>(job.r, at), y + at, s.p, room.l,
-                           j);
+                           j, out);
       }
-  });
+  };
+  blocks_of_rows<T, R>(s, 2, false, streamed_rows(job, y), f);
 }
 
 template <int A, class T, class R>
 void backward_rows(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) {
   const Shape &s = job.s;
-  blocks_of_rows<T, R>(s, 3, dear(A), [&](i64 bundle, i64 n0, i64 c0, i64 width, Room<R> &room) {
+  const auto f = [&](i64 bundle, i64 n0, i64 c0, i64 width, Room<R> &room, Out &out) {
     const i64 first = s.area(n0, c0), areas = width / s.bc;
     given(job, first, areas, room);
     lines(job, c0, areas, room);
@@ -147,9 +162,10 @@ void backward_rows(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) {
         const i64 at = job.ys.row(n, c0 + j);
         run_gradient<A, T, R>(job.x + job.xs.row(n, c0 + j), dy + job.gs.row(n, c0 + j),
                               along<A>(job.r, at), room.kept ? room.kept + j * s.p : nullptr,
-                              dx + at, along<A>(job.dr, at), s.p, room.l, j);
+                              dx + at, along<A>(job.dr, at), s.p, room.l, j, out);
       }
-  });
+  };
+  blocks_of_rows<T, R>(s, 3, dear(A), streamed_rows(job, dx), f);
 }
 
 // --- columns -------------------------------------------------------------------------------------
@@ -215,25 +231,26 @@ void sums_columns(const Job<T, R> &job, const T *dy, i64 n0, i64 first, i64 rows
 }
 
 template <int A, class T, class R>
-void apply_columns(const Job<T, R> &job, T *y, i64 n0, i64 first, i64 rows, const Lines<R> &l) {
+void apply_columns(const Job<T, R> &job, T *y, i64 n0, i64 first, i64 rows, const Lines<R> &l,
+                   Out &out) {
   const Shape &s = job.s;
   runs(s, whole(s, job.xs) && whole(s, job.ys), n0, first, rows, [&](i64 n, i64 p, i64 k) {
     const i64 at = job.ys.column(n, p);
     matrix_apply<A, T, R>(job.x + job.xs.column(n, p), job.xs.p, along<A>(job.r, at), y + at,
-                          job.ys.p, k, s.c, l);
+                          job.ys.p, k, s.c, l, out);
   });
 }
 
 template <int A, class T, class R>
 void gradient_columns(const Job<T, R> &job, const T *dy, T *dx, i64 n0, i64 first, i64 rows,
-                      const Lines<R> &l, const R *kept = nullptr) {
+                      const Lines<R> &l, Out &out, const R *kept = nullptr) {
   const Shape &s = job.s;
   const bool joined = whole(s, job.xs) && whole(s, job.gs) && whole(s, job.ys);
   runs(s, joined, n0, first, rows, [&](i64 n, i64 p, i64 k) {
     const i64 at = job.ys.column(n, p);
     matrix_gradient<A, T, R>(job.x + job.xs.column(n, p), job.xs.p, dy + job.gs.column(n, p),
                              job.gs.p, along<A>(job.r, at), kept ? kept + p * s.c : nullptr,
-                             dx + at, along<A>(job.dr, at), job.ys.p, k, s.c, l);
+                             dx + at, along<A>(job.dr, at), job.ys.p, k, s.c, l, out);
   });
 }
 
@@ -263,14 +280,14 @@ std::vector<Room<R>> rooms_of_columns(const Shape &s, int kinds, bool keep = fal
   return rooms;
 }
 
-// f(bundle, n, room) for all samples.
+// f(bundle, n, room, out) for all samples.
 template <class R, class F>
-void samples_of_columns(const Shape &s, int kinds, bool keep, F f) {
+void samples_of_columns(const Shape &s, int kinds, bool keep, bool streams, F f) {
   auto rooms = rooms_of_columns<R>(s, kinds, keep);
   const i64 bundles = std::min(s.n, TASKS);
-  share(bundles, [&](i64 bundle) {
+  share_out(bundles, streams, [&](i64 bundle, Out &out) {
     for (i64 n = s.n * bundle / bundles; n < s.n * (bundle + 1) / bundles; n++)
-      f(bundle, n, rooms[omp_get_thread_num()]);
+      f(bundle, n, rooms[omp_get_thread_num()], out);
   });
 }
 
@@ -291,8 +308,9 @@ template <int A, class T, class R>
 void forward_columns(const Job<T, R> &job, T *y, bool measure) {
   const Shape &s = job.s;
   const i64 c = s.c, groups = s.groups();
+  const bool streams = streamed_columns(job, y);
   if (s.bn == 1) {
-    samples_of_columns<R>(s, 2, false, [&](i64, i64 n, Room<R> &room) {
+    samples_of_columns<R>(s, 2, false, streams, [&](i64, i64 n, Room<R> &room, Out &out) {
       if (measure) {
         shifts(job, n, room);
         for (bool again = true, second = false; again; second = true) {
@@ -305,7 +323,7 @@ void forward_columns(const Job<T, R> &job, T *y, bool measure) {
       }
       if (!y) return;
       lines(job, 0, groups, room);
-      apply_columns<A>(job, y, n, 0, s.p, room.l);
+      apply_columns<A>(job, y, n, 0, s.p, room.l, out);
     });
     return;
   }
@@ -331,9 +349,9 @@ void forward_columns(const Job<T, R> &job, T *y, bool measure) {
     }
     if (!y) continue;
     lines(job, 0, groups, common);
-    share(pieces.parts, [&](i64 i) {
+    share_out(pieces.parts, streams, [&](i64 i, Out &out) {
       const i64 last = pieces.parts - 1 - i; // what was read last is in cache still
-      apply_columns<A>(job, y, n0, pieces.from(last), pieces.count(last), common.l);
+        apply_columns<A>(job, y, n0, pieces.from(last), pieces.count(last), common.l, out);
     });
   }
 }
@@ -342,14 +360,15 @@ template <int A, class T, class R>
 void backward_columns(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) {
   const Shape &s = job.s;
   const i64 c = s.c, groups = s.groups();
+  const bool streams = streamed_columns(job, dx);
   if (s.bn == 1) {
-    samples_of_columns<R>(s, 3, dear(A), [&](i64 bundle, i64 n, Room<R> &room) {
+    samples_of_columns<R>(s, 3, dear(A), streams, [&](i64 bundle, i64 n, Room<R> &room, Out &out) {
       given(job, n * groups, groups, room);
       lines(job, 0, groups, room);
       sums_columns<A>(job, dy, n, 0, s.p, room, room.l, room.s[0]);
       slopes(job, 0, groups, n * groups, room);
       totals.add(bundle, 0, c, room.s);
-      if (dx) gradient_columns<A>(job, dy, dx, n, 0, s.p, room.l, room.kept);
+      if (dx) gradient_columns<A>(job, dy, dx, n, 0, s.p, room.l, out, room.kept);
     });
     return;
   }
@@ -369,9 +388,9 @@ void backward_columns(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) 
     slopes(job, 0, groups, block * groups, common);
     totals.add(block % totals.bundles, 0, c, common.s);
     if (!dx) continue;
-    share(pieces.parts, [&](i64 i) {
+    share_out(pieces.parts, streams, [&](i64 i, Out &out) {
       const i64 last = pieces.parts - 1 - i;
-      gradient_columns<A>(job, dy, dx, n0, pieces.from(last), pieces.count(last), common.l);
+        gradient_columns<A>(job, dy, dx, n0, pieces.from(last), pieces.count(last), common.l, out);
     });
   }
 }
@@ -389,7 +408,7 @@ template <class T, class R> Job<T, R> job_of(const Call &k, const Affine<R> &aff
   Shape s{k.n, k.c, k.p, k.bn, k.bc};
   Strides xs{k.xn, k.xc, k.xp}, gs{k.gn, k.gc, k.gp}, ys{k.yn, k.yc, k.yp};
   if (k.p == 1) xs.p = xs.n, gs.p = gs.n, ys.p = ys.n; // samples are rows of columns
-  Op op{k.shift != 0, k.about_mean != 0, k.scale != 0, k.from_batch != 0, k.eps};
+  Op op{k.shift != 0, k.about_mean != 0, k.scale != 0, k.from_batch != 0, k.act == GATED, k.eps};
   return {s, xs, gs, ys, op, static_cast<const T *>(k.x), static_cast<R *>(k.mean),
           static_cast<R *>(k.moment), affine.or_(k.gamma, affine.one),
           affine.or_(k.beta, affine.zero), affine.or_(k.tau, affine.zero), k.deps,
@@ -415,17 +434,29 @@ template <int A, class T> void backward(const Call &k) {
   totals.sum<R>(0, k.dbeta), totals.sum<R>(1, k.dgamma), totals.sum<R>(2, k.dtau);
 }
 
+// f(activation, element), as `chosen`, which has what all kernels have.
+template <class F> int run(const Call &k, int dtype, F f) noexcept {
+  if (k.act != GATED) return chosen(k, dtype, f);
+  return typed(dtype, [&](auto element) {
+    f(std::integral_constant<int, GATED>{}, element);
+    return 0;
+  });
+}
+
 } // namespace
 
 EXPORT int normlab_forward(const Call *call, int dtype) noexcept {
-  return chosen(*call, dtype, [&](auto act, auto element) {
+  return run(*call, dtype, [&](auto act, auto element) {
     forward<decltype(act)::value, decltype(element)>(*call);
   });
 }
 EXPORT int normlab_backward(const Call *call, int dtype) noexcept {
-  return chosen(*call, dtype, [&](auto act, auto element) {
+  return run(*call, dtype, [&](auto act, auto element) {
     backward<decltype(act)::value, decltype(element)>(*call);
   });
 }
 
-EXPORT int normlab_abi() noexcept { return 7; }
+// For all kernels of the library, from the next call on.
+EXPORT void normlab_stream_from(i64 bytes) noexcept { normlab_streamed = bytes; }
+
+EXPORT int normlab_abi() noexcept { return 8; }

@@ -17,7 +17,7 @@
 #else
 #define NORMLAB_MASKS 0
 #endif
-#if defined(__AVX2__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #endif
 
