@@ -111,3 +111,31 @@ def test_torch_operations_in_bfloat16_are_not():
             y = native(x)
         (gradient,) = torch.autograd.grad(y, x, dy)
         assert units(gradient, exact["x"]) > 5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("batch", {}), ("filter_response", {}), ("position", {}), ("l1_batch", {}),
+     ("evonorm_s0", {})],
+)  # fmt: skip
+def test_parameters_of_either_dtype_beside_each_other(name, options, dtype):
+    """Each gradient has the dtype of its parameter, and is rounded to that once."""
+    _, x, dy = problem(name, options, (6, 34, 5))
+    names = [n for n, _ in nl.norm(name, 34, **options).named_parameters()]
+    for narrow in names:
+        layer = nl.norm(name, 34, **options)
+        with torch.no_grad():
+            for i, p in enumerate(layer.parameters()):
+                p.add_(0.3 * torch.randn(34, generator=torch.Generator().manual_seed(i)))
+                p.data = p.bfloat16().to(torch.float32)
+        exact = results(copy.deepcopy(layer).double(), x.double(), dy.double(), "reference")
+        getattr(layer, narrow).data = getattr(layer, narrow).bfloat16()
+        found = results(layer, x.to(dtype), dy.to(dtype))
+        for key in names:
+            wanted = torch.bfloat16 if key == narrow else torch.float32
+            assert found[key].dtype == wanted
+            # Of float32, sums of 30 terms that may cancel.
+            allowed = ROUNDING if wanted == torch.bfloat16 else 2.0**-18
+            bound = allowed * exact[key].abs() + CANCELLED * exact[key].abs().max()
+            assert ((found[key].double() - exact[key]).abs() <= bound).all(), (key, narrow)

@@ -23,6 +23,7 @@ from normlab.core.partition import Layout, PartitionError, partition
 from normlab.core.recovery import Affine
 from normlab.core.stored import StoringLayer
 from normlab.kernels import dispatch
+from normlab.kernels.cpu.function import observed
 from normlab.kernels.dropout import dropout
 from normlab.kernels.hold import hold
 from normlab.kernels.reference import Moments, Spec, deviation, moments
@@ -311,10 +312,11 @@ class Normalize(StoringLayer):
         elif renormalized:
             assert given is not None
             views = (None if p is None else layout.per_channel(p) for p in (weight, bias))
-            whole = layout.per_channel(x.new_empty(self.num_channels)).shape
             weight, bias = (
-                p.expand(whole).reshape(-1) for p in self._renormalize(layout, given, *views)
-            )
+                p.reshape(-1) if p.numel() == self.num_channels  # else one number for several
+                else p.expand(layout.per_channel(x.new_empty(self.num_channels)).shape).reshape(-1)
+                for p in self._renormalize(layout, given, *views)
+            )  # fmt: skip
         more = {} if residual is None else {"residual": residual}
         y, used = kernels.normalize(
             x, layout, spec, weight, bias, threshold, eps, given, from_batch=not stored, **more
@@ -330,12 +332,12 @@ class Normalize(StoringLayer):
         assert isinstance(self.statistics, st.Renormalized)
         assert given.mean is not None
         assert given.moment is not None
-        # Copies, because the update below writes to the buffers that r and d were read from.
-        old = [layout.from_stored(getattr(self, n).clone()) for n in self.stored_names]
+        old = [layout.from_stored(self._own(n)) for n in self.stored_names]
         sigma = deviation(given.moment, self.operation, self.eps)
-        step = self.num_batches_tracked.to(sigma.dtype)
-        r, d = self.statistics.correction(given.mean, sigma, old[0], old[1], step)
-        r, d = hold(r), hold(d)
+        step = self._own("num_batches_tracked")
+        readable = step.is_cpu and not torch.compiler.is_compiling() and not observed()
+        r, d = self.statistics.correction(given.mean, sigma, old[0], old[1], step, readable)
+        r, d = hold(r), hold(d)  # the update below writes to the buffers that they are read from
         if weight is not None:  # once: γ is used twice, and its gradient rounded after the sum
             weight = weight.to(sigma.dtype)
         shift = d if weight is None else weight * d

@@ -108,6 +108,11 @@ class Ramp:
         share = ((step - self.begin) / max(self.end - self.begin, 1)).clamp(0, 1)
         return self.first + (self.last - self.first) * share
 
+    def at(self, step: int) -> float:
+        """Return the value at a step that is a number."""
+        share = (step - self.begin) / max(self.end - self.begin, 1)
+        return self.first + (self.last - self.first) * min(max(share, 0.0), 1.0)
+
 
 Schedule = float | Callable[[Tensor], Tensor]
 
@@ -143,18 +148,39 @@ class Renormalized:
         """Names of the stored statistics."""
         return ("running_mean", "running_std")
 
+    @torch.no_grad()
     def correction(
-        self, mean: Tensor, deviation: Tensor, old_mean: Tensor, old_std: Tensor, step: Tensor
+        self,
+        mean: Tensor,
+        deviation: Tensor,
+        old_mean: Tensor,
+        old_std: Tensor,
+        step: Tensor,
+        readable: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Return r and d; `deviation` is σ_B."""
-        rmax = self.rmax(step) if callable(self.rmax) else self.rmax
-        dmax = self.dmax(step) if callable(self.dmax) else self.dmax
-        rmax, dmax = [
-            torch.as_tensor(b, dtype=mean.dtype, device=mean.device) for b in (rmax, dmax)
-        ]
+        """Return r and d.
+
+        Args:
+            mean: μ_B.
+            deviation: σ_B.
+            old_mean: μ.
+            old_std: σ.
+            step: Batches so far, a scalar.
+            readable: Whether `step` may be read as a number, as it may not on another device or
+                where it is traced.
+        """
+
+        def bound(given: Schedule) -> Any:
+            if not callable(given):
+                return given
+            if readable and isinstance(given, Ramp):
+                return given.at(int(step))
+            found = given(step.to(mean.dtype))
+            return torch.as_tensor(found, dtype=mean.dtype, device=mean.device)
+
+        rmax, dmax = bound(self.rmax), bound(self.dmax)
         r = (deviation / old_std).clamp(1 / rmax, rmax)
-        d = ((mean - old_mean) / old_std).clamp(-dmax, dmax)
-        return r.detach(), d.detach()
+        return r, ((mean - old_mean) / old_std).clamp(-dmax, dmax)
 
 
 Statistics = Current | Running | Renormalized

@@ -13,18 +13,49 @@ struct Call {
   std::int64_t columns, act, shift, about_mean, scale, from_batch;
   double power, factor, eps; // of deviations k (M + eps)^(1/p): p, k and eps
   // Of calls on tensors of one shape and order of memory, all above but eps is the same.
-  std::int64_t measure;
+  std::int64_t flags;
   const void *x, *gamma, *beta, *tau;
   void *mean, *moment;
   const void *r; // what is added before the activation, or null; r and dr at the strides of y and dx
   void *y;
   const void *dy;
   void *dx, *dr; // dr is written along with dx
-  void *dgamma, *dbeta, *dtau; // float, or double where elements are
+  void *dgamma, *dbeta, *dtau; // of the types of gamma, beta and tau
   double *deps;
 };
 
 namespace {
+
+// Whether to measure statistics; and which parameters, with their gradients, are bf16 where others
+// are float, or double where elements are.
+enum Flag { MEASURE = 1, GAMMA = 2, BETA = 4, TAU = 8 };
+
+// Parameters, one R a channel, with what stands for those that there are not.
+template <class R> class Affine {
+  std::vector<R> room;
+  const R *of(const Call &k, Flag which, const void *given, R none, i64 place) {
+    if (given && !(k.flags & which)) return static_cast<const R *>(given);
+    R *to = room.data() + place * k.c;
+    for (i64 c = 0; c < k.c; c++) to[c] = given ? R(load(static_cast<const bf16 *>(given), c)) : none;
+    return to;
+  }
+
+public:
+  const R *gamma, *beta, *tau;
+  explicit Affine(const Call &k)
+      : room(std::size_t(3 * k.c)), gamma(of(k, GAMMA, k.gamma, R(1), 0)),
+        beta(of(k, BETA, k.beta, R(0), 1)), tau(of(k, TAU, k.tau, R(0), 2)) {}
+  Affine(const Affine &) = delete;
+};
+
+// The gradient of a parameter, from one sum a channel.
+template <class R> void give(const Call &k, Flag which, const double *sums, void *into) {
+  if (!into) return;
+  if (k.flags & which)
+    for (i64 c = 0; c < k.c; c++) store(static_cast<bf16 *>(into), c, float(sums[c]));
+  else
+    std::copy(sums, sums + k.c, static_cast<R *>(into));
+}
 
 // Where there is one position, both orders are one, and columns have the longer loops.
 inline bool in_columns(const Call &k) {

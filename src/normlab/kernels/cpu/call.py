@@ -258,6 +258,20 @@ def _run(function: Callable[[bytes, int], int], record: _Record, *parts: bytes) 
         raise MemoryError("the kernel could not allocate its working memory")
 
 
+def _numbers(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[list[Tensor | None], int]:
+    """γ, β and τ as kernels read them, and the flags of those in bfloat16."""
+    found: list[Tensor | None] = []
+    flags, flag = 0, 2
+    for p in parameters:
+        if p is not None and p.dtype is torch.bfloat16 and dtype is torch.float32:
+            flags |= flag
+            found.append(p if p.is_contiguous() else p.detach().contiguous())
+        else:
+            found.append(flat(p, dtype))
+        flag *= 2
+    return found, flags
+
+
 def _addresses(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
@@ -283,13 +297,12 @@ def forward(
         y, and the statistics used, in the shape of the job.
     """
     record = _record(job, x)
-    head, dtype = record.head, record.dtype
-    measure = mean is None and moment is None
+    head, measure = record.head, mean is None and moment is None
     if measure:
         mean, moment = _room(record)
     else:
         mean, moment = function.statistics(job, x, mean, moment)
-    weight, bias, threshold = flat(weight, dtype), flat(bias, dtype), flat(threshold, dtype)
+    parameters, flags = _numbers(record.dtype, weight, bias, threshold)
     if record.dense:
         y = torch.empty_like(x)
     else:
@@ -297,8 +310,8 @@ def forward(
         head = _head(record, None, _walk(job, record, y))
     if residual is not None:
         residual = _along(job, record, y, residual)
-    given = _addresses(x, weight, bias, threshold, mean, moment, residual, y)
-    _run(record.forward, record, head, OF_ONE_CALL(eps, measure, *given), _NO_GRADIENTS)
+    given = _addresses(x, *parameters, mean, moment, residual, y)
+    _run(record.forward, record, head, OF_ONE_CALL(eps, flags | measure, *given), _NO_GRADIENTS)
     return y, mean, moment
 
 
@@ -327,7 +340,7 @@ def backward(
     """
     x = place(job, x)  # hooks on saved tensors may have changed its order
     record = _record(job, x)
-    head, dtype, columns = record.head, record.dtype, bool(record.columns)
+    head, columns = record.head, bool(record.columns)
     plain = dy.stride() == x.stride() and not dy.is_neg() and not dy._is_zerotensor()
     if not plain and (dy.is_neg() or dy._is_zerotensor() or _walk(job, record, dy) is None):
         dy = _like(x, job.layout, columns).copy_(dy)
@@ -338,19 +351,19 @@ def backward(
             residual, dr = _along(job, record, dx, residual), torch.empty_like(dx)
     if not plain or not record.dense:
         head = _head(record, _walk(job, record, dy), None if dx is None else _walk(job, record, dx))
-    gamma, beta, tau = flat(weight, dtype), flat(bias, dtype), flat(threshold, dtype)
+    parameters, flags = _numbers(record.dtype, weight, bias, threshold)
     # Dense, and of the dtype that the kernels write.
-    dgamma, dbeta, dtau = [
+    slopes = [
         torch.empty_like(p) if p is not None and need else None
-        for p, need in zip((gamma, beta, tau), needs[1:4], strict=True)
+        for p, need in zip(parameters, needs[1:4], strict=True)
     ]
     areas = x.new_empty(job.shape, dtype=torch.float64) if needs[4] else None
-    given = _addresses(x, gamma, beta, tau, mean, moment, residual, None)
-    found = _addresses(dy, dx, dr, dgamma, dbeta, dtau, areas)
-    _run(record.backward, record, head, OF_ONE_CALL(eps, False, *given), OF_GRADIENTS(*found))
+    given = _addresses(x, *parameters, mean, moment, residual, None)
+    found = _addresses(dy, dx, dr, *slopes, areas)
+    _run(record.backward, record, head, OF_ONE_CALL(eps, flags, *given), OF_GRADIENTS(*found))
     dweight, dbias, dthreshold = [
-        total if p is None or total is None or p.dtype is dtype else total.to(p.dtype)
-        for p, total in ((weight, dgamma), (bias, dbeta), (threshold, dtau))
+        total if p is None or total is None or p.dtype is total.dtype else total.to(p.dtype)
+        for p, total in zip((weight, bias, threshold), slopes, strict=True)
     ]
     return dx, dweight, dbias, dthreshold, None if areas is None else areas.sum(), dr
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 8
+ABI = 9
 ENTRIES = ("normlab", "normlab_lines", "normlab_powers")
 """Families of functions, each of a forward and a backward direction; see `Call`."""
 SWITCH = "NORMLAB_KERNELS"
@@ -33,8 +33,8 @@ class Call(ctypes.Structure):
 
 
 OF_ONE_CALL = struct.Struct("dq8P").pack
-"""The second part: ε, whether to measure, and the addresses of x, γ, β, τ, the mean, the moment, r
-and y; 0 for what there is not."""
+"""The second part: ε; flags, 1 to measure, and 2, 4, 8 where γ, β, τ are bfloat16 beside statistics
+in float32; and addresses of x, γ, β, τ, the mean, the moment, r and y, 0 for what there is not."""
 OF_GRADIENTS = struct.Struct("7P").pack
 """The last part: addresses of ∂L/∂y, and of the gradients of x, r, γ, β, τ and ε."""
 

@@ -30,20 +30,12 @@ template <class T> bool streamed(const Call &k, const void *result, i64 wide) {
          whole_lines(static_cast<const T *>(result), k.yn | (k.columns ? k.bc | k.yp : k.p | k.yc));
 }
 
-// One R each a channel of `given`, or `other` where there are none.
-template <class R> std::vector<R> filled(const void *given, i64 c, R other) {
-  std::vector<R> v(c, other);
-  if (given) std::memcpy(v.data(), given, std::size_t(c) * sizeof(R));
-  return v;
-}
-
 template <class T, class R> struct Job {
   const Call &k;
   R *means = static_cast<R *>(k.mean), *moments = static_cast<R *>(k.moment);
-  std::vector<R> gamma = filled<R>(k.gamma, k.c, R(1)), beta = filled<R>(k.beta, k.c, R(0)),
-                 tau = filled<R>(k.tau, k.c, R(0));
+  const Affine<R> given;
   bool centred = k.shift || (k.scale && k.about_mean); // whether there is a mean
-  explicit Job(const Call &call) : k(call) {}
+  explicit Job(const Call &call) : k(call), given(call) {}
 };
 
 // Positions of a tile.
@@ -259,7 +251,7 @@ void apply_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, Out &out) {
   T *y = u.out<T>(k, k.y);
   const T *r = added(A) ? u.residual<T>(k) : nullptr;
   const R *mu = t[MU], *inverse = t[INVERSE], *rest = t[REST];
-  const R *gamma = job.gamma.data() + u.c, *beta = job.beta.data() + u.c, *tau = job.tau.data() + u.c;
+  const R *gamma = job.given.gamma + u.c, *beta = job.given.beta + u.c, *tau = job.given.tau + u.c;
   const V<R> zero{};
   if (k.columns) {
     for (i64 i = 0; i < u.width; i++) {
@@ -296,7 +288,7 @@ template <int A, class T, class R> void forward(const Job<T, R> &job) {
   share_out(units, streamed<T>(k, k.y, width), [&](i64 index, Out &out) {
     Unit u = unit_of(k, index, width);
     Tile<R> &t = tiles[omp_get_thread_num()];
-    k.measure ? measured_tile(job, u, t) : given_tile(job, u, t);
+    k.flags & MEASURE ? measured_tile(job, u, t) : given_tile(job, u, t);
     if (k.y) apply_tile<A>(job, u, t, out);
   });
 }
@@ -311,7 +303,7 @@ void sums_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, R *sums, R *slop
   const Call &k = job.k;
   const T *x = u.x<T>(k), *dy = u.dy<T>(k), *r = added(A) ? u.residual<T>(k) : nullptr;
   const R *mu = t[MU], *inverse = t[INVERSE];
-  const R *gamma = job.gamma.data() + u.c, *beta = job.beta.data() + u.c, *tau = job.tau.data() + u.c;
+  const R *gamma = job.given.gamma + u.c, *beta = job.given.beta + u.c, *tau = job.given.tau + u.c;
   double *sum_h = t.total(0), *sum_hx = t.total(1);
   const V<R> zero{};
   if (k.columns) {
@@ -375,7 +367,7 @@ void gradient_tile(const Job<T, R> &job, const Unit &u, Tile<R> &t, const R *slo
   T *dx = u.out<T>(k, k.dx), *dr = added(A) && k.dr ? u.out<T>(k, k.dr) : nullptr;
   const R *mu = t[MU], *inverse = t[INVERSE], *p1 = t[P1], *mub = t[MUB], *q = t[Q];
   const R *less = t[R0];
-  const R *gamma = job.gamma.data() + u.c, *beta = job.beta.data() + u.c, *tau = job.tau.data() + u.c;
+  const R *gamma = job.given.gamma + u.c, *beta = job.given.beta + u.c, *tau = job.given.tau + u.c;
   const V<R> zero{};
   if (k.columns) {
     for (i64 i = 0; i < u.width; i++) {
@@ -419,12 +411,10 @@ struct Parameters {
   Parameters(i64 c, i64 count) : c(c), count(count), sums(std::size_t(3 * c * count)) {}
   double *of(i64 piece) { return sums.data() + piece * 3 * c; }
   template <class R> void finish(const Call &k) {
-    void *into[] = {k.dgamma, k.dbeta, k.dtau};
     for (i64 i = 1; i < count; i++)
       for (i64 j = 0; j < 3 * c; j++) sums[j] += of(i)[j];
-    for (i64 j = 0; j < 3; j++)
-      if (into[j])
-        std::copy(sums.begin() + j * c, sums.begin() + (j + 1) * c, static_cast<R *>(into[j]));
+    give<R>(k, GAMMA, of(0), k.dgamma), give<R>(k, BETA, of(0) + c, k.dbeta);
+    give<R>(k, TAU, of(0) + 2 * c, k.dtau);
   }
 };
 

@@ -395,23 +395,13 @@ void backward_columns(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) 
   }
 }
 
-// gamma, beta and tau in R, with what stands for those that there are not.
-template <class R> struct Affine {
-  std::vector<R> one, zero;
-  explicit Affine(const Call &k) : one(k.gamma ? 0 : k.c, R(1)), zero(k.c, R(0)) {}
-  const R *or_(const void *given, const std::vector<R> &other) const {
-    return given ? static_cast<const R *>(given) : other.data();
-  }
-};
-
 template <class T, class R> Job<T, R> job_of(const Call &k, const Affine<R> &affine) {
   Shape s{k.n, k.c, k.p, k.bn, k.bc};
   Strides xs{k.xn, k.xc, k.xp}, gs{k.gn, k.gc, k.gp}, ys{k.yn, k.yc, k.yp};
   if (k.p == 1) xs.p = xs.n, gs.p = gs.n, ys.p = ys.n; // samples are rows of columns
   Op op{k.shift != 0, k.about_mean != 0, k.scale != 0, k.from_batch != 0, k.act == GATED, k.eps};
   return {s, xs, gs, ys, op, static_cast<const T *>(k.x), static_cast<R *>(k.mean),
-          static_cast<R *>(k.moment), affine.or_(k.gamma, affine.one),
-          affine.or_(k.beta, affine.zero), affine.or_(k.tau, affine.zero), k.deps,
+          static_cast<R *>(k.moment), affine.gamma, affine.beta, affine.tau, k.deps,
           static_cast<const T *>(k.r), static_cast<T *>(k.dr)};
 }
 
@@ -420,7 +410,8 @@ template <int A, class T> void forward(const Call &k) {
   const Affine<R> affine(k);
   auto job = job_of<T, R>(k, affine);
   T *y = static_cast<T *>(k.y);
-  in_columns(k) ? forward_columns<A>(job, y, k.measure) : forward_rows<A>(job, y, k.measure);
+  const bool measure = k.flags & MEASURE;
+  in_columns(k) ? forward_columns<A>(job, y, measure) : forward_rows<A>(job, y, measure);
 }
 
 template <int A, class T> void backward(const Call &k) {
@@ -431,7 +422,8 @@ template <int A, class T> void backward(const Call &k) {
   T *dx = static_cast<T *>(k.dx);
   Totals totals(std::min(k.n / k.bn, TASKS), k.c);
   in_columns(k) ? backward_columns<A>(job, dy, dx, totals) : backward_rows<A>(job, dy, dx, totals);
-  totals.sum<R>(0, k.dbeta), totals.sum<R>(1, k.dgamma), totals.sum<R>(2, k.dtau);
+  give<R>(k, BETA, totals.sum(0), k.dbeta), give<R>(k, GAMMA, totals.sum(1), k.dgamma);
+  give<R>(k, TAU, totals.sum(2), k.dtau);
 }
 
 // f(activation, element), as `chosen`, which has what all kernels have.
@@ -459,4 +451,4 @@ EXPORT int normlab_backward(const Call *call, int dtype) noexcept {
 // For all kernels of the library, from the next call on.
 EXPORT void normlab_stream_from(i64 bytes) noexcept { normlab_streamed = bytes; }
 
-EXPORT int normlab_abi() noexcept { return 8; }
+EXPORT int normlab_abi() noexcept { return 9; }

@@ -69,7 +69,9 @@ template <class T, class R> struct Job {
   std::vector<R> mu, a, b, tau, p1, mub, through, less, rest; // one each of a line
   R one[64];                                                  // lanes that there are
 
-  explicit Job(const Call &call) : k(call) {
+  const Affine<R> given;
+
+  explicit Job(const Call &call) : k(call), given(call) {
     columns = in_columns(k);
     if (k.p == 1) k.xp = k.xn, k.gp = k.gn, k.yp = k.yn;
     blocks = k.n / k.bn, lines = blocks * k.c;
@@ -82,9 +84,6 @@ template <class T, class R> struct Job {
   R *means() const { return static_cast<R *>(k.mean); }
   R *moments() const { return static_cast<R *>(k.moment); }
   i64 area(i64 line) const { return line / k.bc; } // blocks of channels follow each other
-  R affine(const void *given, i64 line, R none) const {
-    return given ? static_cast<const R *>(given)[line % k.c] : none;
-  }
 };
 
 // f(at, coefficient, x, dy, y, sums) for all vectors of elements, by their places in memory; adds to
@@ -202,16 +201,16 @@ template <class T, class R> void lines(Job<T, R> &job) {
   for (i64 l = 0; l < job.lines; l++) {
     double inverse = 1 / deviation(k, inside(job, l));
     job.mu[l] = k.shift ? job.means()[job.area(l)] : R(0);
-    double a = double(job.affine(k.gamma, l, R(1))) * inverse;
-    double b = double(job.affine(k.beta, l, R(0)));
+    const i64 c = l % k.c;
+    double a = double(job.given.gamma[c]) * inverse, b = double(job.given.beta[c]);
     if (k.shift && job.rest[l] != R(0)) b -= double(job.rest[l]) * a;
-    job.a[l] = R(a), job.b[l] = R(b), job.tau[l] = job.affine(k.tau, l, R(0));
+    job.a[l] = R(a), job.b[l] = R(b), job.tau[l] = job.given.tau[c];
   }
 }
 
 template <int A, class T, class R> void forward(Job<T, R> &job) {
   const Call &k = job.k;
-  if (k.measure) measure(job);
+  if (k.flags & MEASURE) measure(job);
   if (!k.y) return;
   lines(job);
   T *y = static_cast<T *>(k.y);
@@ -231,22 +230,22 @@ template <class T, class R> void slopes(Job<T, R> &job, std::vector<double> &sum
   const i64 areas = job.lines / k.bc;
   double *g = sums.data(), *gx = g + job.lines, *turn = gx + job.lines, *below = turn + job.lines;
   std::vector<double> sum;
-  auto reduced = [&](const double *of, void *into, bool scaled) {
+  auto reduced = [&](const double *of, Flag which, void *into, bool scaled) {
     if (!into) return;
     sum.assign(std::size_t(k.c), 0.0);
     for (i64 l = 0; l < job.lines; l++)
       sum[l % k.c] += scaled ? of[l] / deviation(k, inside(job, l)) : of[l];
-    std::copy(sum.begin(), sum.end(), static_cast<R *>(into));
+    give<R>(k, which, sum.data(), into);
   };
-  reduced(g, k.dbeta, false), reduced(gx, k.dgamma, true);
-  if (k.act == TLU) reduced(below, k.dtau, false);
+  reduced(g, BETA, k.dbeta, false), reduced(gx, GAMMA, k.dgamma, true);
+  if (k.act == TLU) reduced(below, TAU, k.dtau, false);
   const bool single = job.members == 1 && !k.shift && !k.about_mean;
   for (i64 area = 0; area < areas; area++) {
     const i64 first = area * k.bc;
     const double in = inside(job, first), inverse = 1 / deviation(k, in);
     double h = 0, hx = 0;
     for (i64 l = first; l < first + k.bc; l++) {
-      double gamma = double(job.affine(k.gamma, l, R(1)));
+      double gamma = double(job.given.gamma[l % k.c]);
       h += gamma * g[l], hx += gamma * gx[l] * inverse;
     }
     if (k.deps) k.deps[area] = -hx / (k.power * in);
@@ -255,7 +254,7 @@ template <class T, class R> void slopes(Job<T, R> &job, std::vector<double> &sum
     if (k.about_mean && through != 0) less -= through * pooled(k, turn, area) / job.members;
     for (i64 l = first; l < first + k.bc; l++) {
       // Of one member, 1 - |x|^p / (M + eps) would cancel.
-      double p1 = double(job.affine(k.gamma, l, R(1))) * inverse;
+      double p1 = double(job.given.gamma[l % k.c]) * inverse;
       job.p1[l] = R(single && k.from_batch ? p1 * k.eps / in : p1);
       job.through[l] = R(through), job.less[l] = R(less);
     }
