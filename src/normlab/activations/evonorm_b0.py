@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,7 @@ class EvoNormB0(StoringLayer):
         self._check(layout)
         operation, eps, bessel = self.operation, float(self.eps), self.bessel
         own = maps.MAPS.bind(x.shape, channel_dim=self.channel_dim)
+        correction = own.members / max(own.members - 1, 1) if bessel else 1.0
 
         def middle(
             mean: Tensor, variance: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None
@@ -139,7 +140,21 @@ class EvoNormB0(StoringLayer):
             spread_own = spread(Moments(None, variance, own.members), operation, eps, bessel)
             return a, b, v, deviation(moment, operation, eps), spread_own
 
-        y, mean, variance = maps.fused("larger", x, own, middle, v, self.weight, self.bias)
+        def pull(
+            sums: Tensor, mean: Tensor, variance: Tensor, values: Sequence[Tensor]
+        ) -> tuple[Tensor | None, ...]:
+            # ∂√(c·σ² + ε)/∂σ² = c/(2·√(c·σ² + ε)), of samples and, over these, of the batch
+            scale, shift, slope, batch, _ = sums.sum(1)
+            dvariance = sums[4] / values[4] * (0.5 * correction)
+            if stored is not None:
+                return None, dvariance, slope, scale, shift
+            rate = batch / values[3][0] * (0.5 / len(mean))
+            dmean = (mean - mean.mean(0)) * (2 * rate)
+            return dmean, dvariance + rate, slope, scale, shift
+
+        y, mean, variance = maps.fused(
+            "larger", x, own, middle, v, self.weight, self.bias, pull=pull
+        )
         if self._measures:
             mean, moment = (layout.from_stored(t[0]) for t in maps.merged(mean, variance, 0))
             self._maybe_update([(layout, Moments(mean, moment, layout.members))])

@@ -32,14 +32,16 @@ struct Line {
 // y = x / max(d, v x + s) a + b; a tie belongs half to each side, and NaN wins, as torch has it
 struct Larger {
   static constexpr int coefficients = 5;
-  template <class X> static X larger(X line, X d) { return (line > d) | (line != line) ? line : d; }
+  // Comparisons are false of NaN; one in d is in s too, see `gathered`.
+  template <class X> static X larger(X line, X d) { return line <= d ? d : line; }
   template <class X> static X value(X x, const Coefficients<X> &q) {
     return x / larger<X>(q.v * x + q.s, q.d) * q.a + q.b;
   }
   template <class X> static void slopes(X x, X g, const Coefficients<X> &q, X *to) {
     X line = q.v * x + q.s, inverse = 1.0f / larger<X>(line, q.d), ratio = x * inverse;
     X direct = g * q.a * inverse, below = -direct * ratio, zero{};
-    X over = (line > q.d) | (line != line) ? below : line == q.d ? below * 0.5f : zero;
+    X over = line < q.d ? zero : below;
+    over = line == q.d ? below * 0.5f : over;
     to[0] = direct + over * q.v, to[1] = g * ratio, to[2] = g;
     to[3] = over * x, to[4] = below - over, to[5] = over;
   }
@@ -83,8 +85,9 @@ template <class F, class R, class Read>
 inline Coefficients<V<R>> gathered(const Numbers<R> &of, Read read) {
   constexpr int K = F::coefficients;
   const V<R> zero{};
-  return {read(of.mean), read(of.a), read(of.b), K > 2 ? read(of.v) : zero,
-          K > 2 ? read(of.d) : zero, K > 2 ? read(of.s) : zero};
+  if (K == 2) return {read(of.mean), read(of.a), read(of.b), zero, zero, zero};
+  const V<R> d = read(of.d), s = read(of.s);
+  return {read(of.mean), read(of.a), read(of.b), read(of.v), d, d == d ? s : d};
 }
 template <class F, class R> inline Coefficients<V<R>> of_map(const Numbers<R> &of) {
   return gathered<F>(of, [](const R *q) { return all<R>(*q); });

@@ -41,6 +41,8 @@ _MOMENTS = Standardize(eps=0.0)
 
 Middle = Callable[..., Sequence[Tensor]]
 """(μ, σ², *parameters) → coefficients, (N, C) or broadcast to it; μ and σ² are (N, areas)."""
+Pull = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
+"""((coefficients, N, C), μ, σ², coefficients) → gradients of μ, σ² and the parameters, in order."""
 
 
 class Job(NamedTuple):
@@ -50,11 +52,14 @@ class Job(NamedTuple):
         curve: ``"line"``: (x − μ)·a + b; ``"larger"``: x/max(d, v·x + s)·a + b.
         layout: Areas of the moments: blocks of the channels of one sample; maps for a ``"line"``.
         middle: What gives the coefficients in the order a, b, v, d, s.
+        pull: What gives gradients from the sums of those of the coefficients; None leaves them to
+            autograd, which takes several times as many operations.
     """
 
     curve: Curve
     layout: Layout
     middle: Middle
+    pull: Pull | None = None
 
 
 class _Call(ctypes.Structure):
@@ -189,15 +194,17 @@ class _Fused(torch.autograd.Function):
         x, columns = _placed(x, job.layout)
         mean, variance = mean.contiguous(), variance.contiguous()
         dy = _along(dy, x, job.layout, columns)
-        with torch.enable_grad():
-            leaves = _leaves(
-                (mean, variance, *parameters), mean.dtype, (needs[0], needs[0], *needs[2:])
-            )
+        wanted = (needs[0], needs[0], *needs[2:]) if job.pull is None else None
+        with torch.set_grad_enabled(job.pull is None):
+            leaves = _leaves((mean, variance, *parameters), mean.dtype, wanted)
             coefficients = [t.expand(job.layout.lengths[:2]) for t in job.middle(*leaves)]
         values = _full(coefficients, job.layout, mean.dtype)
         sums = mean.new_empty(len(values), *job.layout.lengths[:2])
         _run(_SUMS, job, x, columns, mean, values, None, dy, sums=sums)
-        dmean, dvariance, *slopes = _pulled(coefficients, sums, leaves)
+        if job.pull is None:
+            dmean, dvariance, *slopes = _pulled(coefficients, sums, leaves)
+        else:
+            dmean, dvariance, *slopes = job.pull(sums, mean, variance, values)
         dx = None
         if needs[0]:
             dx = call._like(x, job.layout, columns)
@@ -278,8 +285,9 @@ def curve(
 
 
 def fused(
-    curve: Curve, x: Tensor, layout: Layout, middle: Middle, *parameters: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    curve: Curve, x: Tensor, layout: Layout, middle: Middle, *parameters: Tensor | None,
+    pull: Pull | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y = f(x; middle(μ, σ², *parameters)), and the moments.
 
     Args:
@@ -289,11 +297,12 @@ def fused(
         middle: Differentiable, without random numbers or side effects: it runs again in the
             backward pass. Gets the parameters in the dtype of the moments, float32 or float64.
         *parameters: What it needs beside the moments, and is differentiated for.
+        pull: See `Job`.
 
     Returns:
         y in the dtype and memory order of x; μ and σ² of shape (N, areas), without gradient.
     """
-    job = Job(curve, layout, middle)
+    job = Job(curve, layout, middle, pull)
     traced = dispatch.traced()
     if traced is not None:
         found: tuple[Tensor, Tensor, Tensor] = traced.map_ops.fused(x, job, parameters)
