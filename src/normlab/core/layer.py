@@ -195,7 +195,7 @@ class Normalize(StoringLayer):
             y = ys[0] if len(ys) == 1 else torch.cat(ys)
         if measured and self.stored_names:
             self._maybe_update(measured)
-        return self._recover(y)
+        return self._recover(y) if self.recovery.dropout else y
 
     # As in nn.Module: layers that take other arguments may override it.
     forward: Callable[..., Tensor] = _forward
@@ -240,11 +240,11 @@ class Normalize(StoringLayer):
         self, x: Tensor, mask: Tensor | None, measured: list[tuple[Layout, Moments]]
     ) -> Tensor:
         """Π, statistics, Φ, Ψ, Π⁻¹ for one piece; moments of the batch are added to `measured`."""
-        return self._whole(x, mask, measured, None)
+        return self._whole(x, mask, measured)
 
     def _whole(
         self, x: Tensor, mask: Tensor | None, measured: list[tuple[Layout, Moments]],
-        residual: Tensor | None,
+        residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """`_normalize`, with a residual."""
         measures = self._measures
@@ -256,7 +256,7 @@ class Normalize(StoringLayer):
             reads = self._uses_stored or isinstance(self.statistics, st.Renormalized)
             buffers = self._buffers.values() if reads else ()
             kernels = dispatch.kernels_for(
-                x, layout, self.operation, self.activation, affine, buffers, residual
+                x, layout, self.operation, self.recovery.activation, affine, buffers, residual
             )
             if kernels is not None:
                 return self._compiled(kernels, x, layout, affine, measured, measures, residual)
@@ -297,11 +297,11 @@ class Normalize(StoringLayer):
         measured: list[tuple[Layout, Moments]], measures: bool, residual: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """The same through compiled kernels, which measure and normalize in one call."""
-        spec = Spec(layout.member_dims, self.operation, self.activation)
+        spec = Spec(layout.member_dims, self.operation, self.recovery.activation)
         weight, bias, threshold = affine
         eps, stored = self.eps, self._uses_stored
         renormalized = not stored and isinstance(self.statistics, st.Renormalized)
-        if measures:
+        if measures and layout.members == 1:
             self._check_members(layout, False)
         given: Moments | None = None
         if measures and (stored or renormalized):
@@ -318,12 +318,13 @@ class Normalize(StoringLayer):
                 for p in self._renormalize(layout, given, *views)
             )  # fmt: skip
         more = {} if residual is None else {"residual": residual}
+        y: Tensor
         y, used = kernels.normalize(
             x, layout, spec, weight, bias, threshold, eps, given, from_batch=not stored, **more
         )
         if measures and not (stored or renormalized):
             measured.append((layout, used))
-        return cast(Tensor, y)
+        return y
 
     def _renormalize(
         self, layout: Layout, given: Moments, weight: Tensor | None, bias: Tensor | None

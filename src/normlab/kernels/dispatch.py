@@ -88,7 +88,12 @@ def reason() -> str:
 
 def compiled() -> tuple[ModuleType, ...]:
     """Return the families of compiled kernels where they are wanted and present, and not traced."""
-    if _current in ("torch", "reference") or torch.compiler.is_compiling():
+    return () if torch.compiler.is_compiling() else _untraced()
+
+
+def _untraced() -> tuple[ModuleType, ...]:
+    """`compiled` where nothing is traced."""
+    if _current in ("torch", "reference"):
         return ()
     built = FAMILIES if library.load()[0] is not None else ()
     if _current == "triton":
@@ -150,8 +155,12 @@ def kernels_for(
     Returns:
         A module with the functions `normalize` and `moments`.
     """
-    operations = traced()
-    families = compiled() if operations is None else (operations,)
+    families: tuple[ModuleType, ...]
+    if torch.compiler.is_compiling():
+        operations = traced()
+        families = () if operations is None else (operations,)
+    else:
+        families = _untraced()
     if residual is not None:
         families = tuple(f for f in families if getattr(f, "ADDS", False))
         buffers = (*buffers, residual)
