@@ -133,6 +133,26 @@ def test_without_its_nonlinearity_it_is_affine_alone(name):
     layer(sample((1, 6)))  # nothing is averaged
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("channel_dim", "affine"), [(1, True), (-1, True), (1, False)])
+@pytest.mark.parametrize("name", ["evonorm_b0", "evonorm_s0"])
+def test_gradients_of_the_linear_form(name, channel_dim, affine, backend):
+    """∂L/∂x = γ·∂L/∂y, ∂L/∂γ = Σ x·∂L/∂y, ∂L/∂β = Σ ∂L/∂y, in two dtypes."""
+    for dtype, tolerance in ((torch.float64, TIGHT), (torch.float32, {"rtol": 1e-5, "atol": 1e-5})):
+        layer = build(name, {"activation": None, "affine": affine, "channel_dim": channel_dim})
+        layer = layer.to(dtype)
+        x, dy = (sample((4, 6, 5, 3), seed=s).movedim(1, channel_dim).to(dtype) for s in (1, 2))
+        x.requires_grad_()
+        shape = [6 if i == channel_dim % 4 else 1 for i in range(4)]
+        rest = [i for i in range(4) if i != channel_dim % 4]
+        weight = layer.weight.detach().view(shape) if affine else 1.0
+        with nl.kernels.backend(backend):
+            y = layer(x)
+            found = torch.autograd.grad(y, [x, *layer.parameters()], dy)
+        expected = [weight * dy, (x * dy).sum(rest), dy.sum(rest)] if affine else [dy]
+        torch.testing.assert_close(list(found), [t.detach() for t in expected], **tolerance)
+
+
 @pytest.mark.parametrize("name", ["evonorm_b0", "evonorm_s0"])
 def test_networks_add_no_activation_and_find_the_linear_form(name):
     def factory(channels, **options):

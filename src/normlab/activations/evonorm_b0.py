@@ -11,6 +11,7 @@ from normlab.activations.evonorm_s0 import (
     EvoNorm,
     check_activation,
     finished,
+    linear,
     options_shown,
     parameters,
     reset,
@@ -96,6 +97,9 @@ class EvoNormB0(StoringLayer):
         check_input(self, x, mask, self.num_channels, self.channel_dim)
         if x.numel() == 0:  # nothing to average; parameters stay in the graph, with gradient 0
             return x + 0 * sum((p.sum() for p in self.parameters()), x.new_zeros(()))
+        plain = linear(self, x) if self.v is None and mask is None else None
+        if plain is not None:
+            return plain
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim)
         if self.v is not None and maps.supports(x, (self.weight, self.bias, self.v), mask):
             return self._compiled(x, layout, self.v)

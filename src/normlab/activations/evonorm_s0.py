@@ -16,6 +16,7 @@ from normlab.core.checks import check_channels, check_input
 from normlab.core.operation import Operation, Scale
 from normlab.core.partition import Layout, partition
 from normlab.kernels import dispatch
+from normlab.kernels.cpu.maps import MAPS
 from normlab.kernels.recompute import recomputed
 from normlab.kernels.reference import (
     Moments,
@@ -28,6 +29,7 @@ from normlab.kernels.reference import (
 )
 
 EvoNorm = Literal["evonorm"]
+_NOTHING = Operation(shift=False, about="zero", p=None, eps=0.0)
 
 
 def spread(given: Moments, operation: Operation, eps: float, bessel: bool) -> Tensor:
@@ -110,6 +112,9 @@ class EvoNormS0(nn.Module):
         check_input(self, x, mask, self.num_channels, self.channel_dim)
         if x.numel() == 0:  # nothing to average; parameters stay in the graph, with gradient 0
             return x + 0 * sum((p.sum() for p in self.parameters()), x.new_zeros(()))
+        plain = linear(self, x) if self.v is None and mask is None else None
+        if plain is not None:
+            return plain
         sizes = {"g": self.groups}
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
         where = None if mask is None else layout.per_position(mask)
@@ -178,6 +183,18 @@ def reset(layer: nn.Module) -> None:
     """Set β to 0, γ and v to 1."""
     for name, parameter in layer.named_parameters(recurse=False):
         parameter.fill_(0.0 if name == "bias" else 1.0)
+
+
+def linear(layer: Any, x: Tensor) -> Tensor | None:
+    """γ·x + β by compiled kernels; None where they do not do it."""
+    layout = MAPS.bind(x.shape, channel_dim=layer.channel_dim)
+    affine = (layer.weight, layer.bias)
+    kernels = dispatch.kernels_for(x, layout, _NOTHING, None, affine)
+    if kernels is None:
+        return None
+    spec = Spec(layout.member_dims, _NOTHING, None)
+    y: Tensor = kernels.normalize(x, layout, spec, *affine, None, 0.0, None, from_batch=True)[0]
+    return y
 
 
 def finished(y: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -410,7 +410,7 @@ template <int A, class T> void forward(const Call &k) {
   const Affine<R> affine(k);
   auto job = job_of<T, R>(k, affine);
   T *y = static_cast<T *>(k.y);
-  const bool measure = k.flags & MEASURE;
+  const bool measure = k.flags & MEASURE && (job.op.uses_mean() || job.op.scale);
   in_columns(k) ? forward_columns<A>(job, y, measure) : forward_rows<A>(job, y, measure);
 }
 
