@@ -181,6 +181,23 @@ def test_gradients_hold_r_and_d_constant():
     assert (w.grad - x.grad).abs().max() > 0.1
 
 
+def test_forward_derivatives_hold_r_and_d_constant_too():
+    """A learned ε is inside σ_B and so in r, where no tangent of it goes."""
+    layer = nl.Normalize(
+        6, "n c * -> (c) (n *)", operation=nl.Standardize(nl.LearnedEps(0.5)),
+        statistics=fresh(**FREE).statistics,
+    ).double()  # fmt: skip
+    layer.update = False
+    eps, x, dy = layer.eps_learned, 3 + 2 * sample(SHAPE), sample(SHAPE, seed=1)
+
+    def y(eps):
+        return torch.func.functional_call(layer, {"eps_learned": eps}, (x,))
+
+    _, tangent = torch.func.jvp(y, (eps.detach(),), (torch.ones_like(eps),))
+    (slope,) = torch.autograd.grad(layer(x), [eps], dy)
+    torch.testing.assert_close((tangent * dy).sum(), slope.sum(), **TIGHT)
+
+
 def test_defaults_are_the_papers():
     layer = nl.BatchRenorm(6)
     assert layer.statistics.momentum == 0.01

@@ -68,6 +68,14 @@ def test_s0_in_both_modes(shape, bessel):
         close(layer.train(training)(x), s0(layer, x.numpy(), bessel=bessel))
 
 
+@pytest.mark.parametrize("bessel", [False, True])
+def test_s0_of_an_input_wider_than_its_parameters(bessel):
+    layer = nl.EvoNormS0(6, **GROUPS, bessel=bessel)
+    nn.init.uniform_(layer.weight)
+    x = sample((8, 6, 5))
+    close(layer(x), s0(layer, x.numpy(), bessel=bessel))
+
+
 def test_both_branches_of_b0_are_taken():
     layer, x = nl.EvoNormB0(6).double(), sample((8, 6, 5))
     y, batch = layer(x), x.std((0, 2), correction=0, keepdim=True)

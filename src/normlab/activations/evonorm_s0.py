@@ -147,7 +147,8 @@ class EvoNormS0(nn.Module):
         if self.bessel:  # √(c·σ² + ε) = √c · √(σ² + ε/c)
             correction = layout.members / max(layout.members - 1, 1)
             one = torch.ones_like(v) if weight is None else weight
-            weight, eps = accumulated(one) / math.sqrt(correction), eps / correction
+            wide = one.to(torch.promote_types(x.dtype, torch.float32))
+            weight, eps = wide / math.sqrt(correction), eps / correction
         spec = Spec(layout.member_dims, self.operation, "gated")
         y: Tensor = kernels.normalize(
             x, layout, spec, weight, self.bias, v, eps, None, from_batch=True

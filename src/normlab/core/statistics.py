@@ -180,7 +180,8 @@ class Renormalized:
 
         rmax, dmax = bound(self.rmax), bound(self.dmax)
         r = (deviation / old_std).clamp(1 / rmax, rmax)
-        return r, ((mean - old_mean) / old_std).clamp(-dmax, dmax)
+        d = ((mean - old_mean) / old_std).clamp(-dmax, dmax)
+        return r.detach(), d.detach()  # from tangents too, which `no_grad` lets pass
 
 
 Statistics = Current | Running | Renormalized
