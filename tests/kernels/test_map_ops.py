@@ -216,3 +216,16 @@ def test_programs_hold_them_only_where_asked_for(name):
         y = module(wanted[0])
         found = [y, *torch.autograd.grad(y.pow(3).sum(), wanted)]
         torch.testing.assert_close(found, expected, **TIGHT)
+
+
+@pytest.mark.parametrize("name", ["evonorm_s0", "evonorm_b0"])
+def test_programs_for_any_number_of_positions(name):
+    """Bessel's correction depends on it, and is no constant of the program."""
+    layer = build(name, {"bessel": True}, 6).double().eval()
+    x, sizes = sample((4, 6, 5)), {0: torch.export.Dim("n", min=2), 2: torch.export.Dim("p", min=2)}
+    with nl.kernels.backend("cpu"):
+        program = torch.export.export(layer, (x,), dynamic_shapes=(sizes,), strict=True)
+    assert any(str(n.target).startswith(operation(name)) for n in program.graph.nodes)
+    for shape in ((4, 6, 5), (3, 6, 9)):
+        z = sample(shape, seed=3)
+        torch.testing.assert_close(program.module()(z), layer(z), **TIGHT)

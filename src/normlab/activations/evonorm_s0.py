@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Literal
@@ -143,12 +142,13 @@ class EvoNormS0(nn.Module):
     def _compiled(self, kernels: ModuleType, x: Tensor, layout: Layout, v: Tensor) -> Tensor:
         """The same by compiled kernels."""
         weight: Tensor | None = self.weight
-        eps = self.eps
-        if self.bessel:  # √(c·σ² + ε) = √c · √(σ² + ε/c)
+        eps: Tensor | float = self.eps
+        if self.bessel:  # √(c·σ² + ε) = √c · √(σ² + ε/c); c a tensor, as shapes may be symbols
+            wide = torch.promote_types(x.dtype, torch.float32)
             correction = layout.members / max(layout.members - 1, 1)
+            c = torch.full((), correction, dtype=wide, device=x.device)
             one = torch.ones_like(v) if weight is None else weight
-            wide = one.to(torch.promote_types(x.dtype, torch.float32))
-            weight, eps = wide / math.sqrt(correction), eps / correction
+            weight, eps = one.to(wide) / c.sqrt(), self.eps / c
         spec = Spec(layout.member_dims, self.operation, "gated")
         y: Tensor = kernels.normalize(
             x, layout, spec, weight, self.bias, v, eps, None, from_batch=True
