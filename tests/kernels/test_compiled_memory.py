@@ -192,10 +192,9 @@ int main() {
 """
 
 STORED = """
-template <class T, class R> int once(std::mt19937 &r, int dtype) {
+template <class R> int once(std::mt19937 &r, int dtype) {
   const i64 n = i64(r() % 70), areas = 1 + i64(r() % 3), all = n * areas;
-  R *m0 = room<R>(r, all), *m1 = room<R>(r, all);
-  T *s0 = room<T>(r, n), *s1 = room<T>(r, n);
+  R *m0 = room<R>(r, all), *s0 = room<R>(r, n), *m1 = room<R>(r, all), *s1 = room<R>(r, n);
   i64 count = 0;
   const Blend two{n, areas, 0.1, m0, 1.0, s0, m1, 1.5, s1, &count};
   const Blend one{n, 1, 0.9, m0, 1.0, s0, nullptr, 1.0, nullptr, &count};
@@ -204,14 +203,14 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
     m1[all - 1] = R(INFINITY);
     failed |= normlab_blend(&two, dtype) != 3;
   }
-  for (void *p : {(void *)m0, (void *)s0, (void *)m1, (void *)s1}) std::free(p);
+  for (R *p : {m0, s0, m1, s1}) std::free(p);
   return failed | (count != 2);
 }
 
 int main() {
   std::mt19937 r(1);
   for (int i = 0; i < 300; i++)
-    if (once<float, float>(r, 0) | once<double, double>(r, 1) | once<bf16, float>(r, 2)) return 3;
+    if (once<float>(r, 0) | once<double>(r, 1)) return 3;
   return 0;
 }
 """

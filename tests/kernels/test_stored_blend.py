@@ -37,17 +37,6 @@ def test_as_torch_operations_move_them(name, dtype, momentum):
         torch.testing.assert_close(ours, theirs, rtol=tight, atol=tight)
 
 
-def test_buffers_in_bfloat16_are_rounded_once():
-    g = torch.Generator().manual_seed(0)
-    old, new = (torch.randn(2, 37, generator=g) for _ in range(2))
-    stored, count = old.bfloat16(), torch.tensor(0)
-    exact = torch.lerp(stored.double(), new.double() * torch.tensor([[1.0], [1.5]]).double(), 0.3)
-    assert blend(stored.unbind(), new.unbind(), (1.0, 1.5), 0.3, count)
-    # Half of the last of 8 bits, and what float32 rounds before.
-    torch.testing.assert_close(stored.double(), exact, rtol=2**-8 + 2**-20, atol=1e-6)
-    assert count == 1
-
-
 @pytest.mark.parametrize("name", ["batch", "ghost_batch"])
 def test_a_layer_in_bfloat16_stores_by_one_call(name):
     layer = nl.norm(name, 37, momentum=0.3).bfloat16()
@@ -56,8 +45,9 @@ def test_a_layer_in_bfloat16_stores_by_one_call(name):
     with mock.patch.object(StoringLayer, "_apply_update", side_effect=AssertionError):
         layer(x)
     plain(x.double())
+    assert layer.running_var.dtype == torch.float32  # it keeps them so
     for ours, theirs in zip(layer.buffers(), plain.buffers(), strict=True):
-        torch.testing.assert_close(ours.double(), theirs.double(), rtol=2**-8, atol=0)
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=2e-6, atol=0)  # of sums
 
 
 @pytest.mark.parametrize("channel_dim", [1, -1])

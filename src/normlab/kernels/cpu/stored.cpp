@@ -6,9 +6,9 @@ namespace {
 
 // old + weight (new - old), as torch::lerp has it, bit for bit; f times what was measured is new, of
 // several areas a number their mean.
-template <class T, class R>
+template <class R>
 int blend(i64 n, i64 areas, R weight, const R *const *measured, const double *factors,
-          T *const *stored, int kinds) {
+          R *const *stored, int kinds) {
   // Products are rounded in memory, so that no compiler joins them with the differences below.
   std::vector<R> fresh(std::size_t(kinds * n));
   R poor = 0; // a difference of a number from itself is 0 only of finite ones
@@ -30,10 +30,10 @@ int blend(i64 n, i64 areas, R weight, const R *const *measured, const double *fa
   if (poor != R(0)) return 3;
   for (int k = 0; k < kinds; k++) {
     const R *value = fresh.data() + k * n;
-    T *to = stored[k];
+    R *to = stored[k];
     for (i64 i = 0; i < n; i++) {
-      const R old = load(to, i), step = value[i] - old;
-      store(to, i, weight < R(0.5) ? old + weight * step : value[i] + (weight - R(1)) * step);
+      R step = value[i] - to[i];
+      to[i] = weight < R(0.5) ? to[i] + weight * step : value[i] + (weight - R(1)) * step;
     }
   }
   return 0;
@@ -41,7 +41,7 @@ int blend(i64 n, i64 areas, R weight, const R *const *measured, const double *fa
 
 } // namespace
 
-// Two kinds of statistics, stored in the dtype and measured in that of statistics of it, of which the second may be absent: measured numbers, their factor, and
+// Two kinds of statistics, of which the second may be absent: measured numbers, their factor, and
 // those stored; and the count of batches.
 struct Blend {
   i64 n, areas; // stored numbers of each kind, and measured ones for each, n apart
@@ -59,11 +59,10 @@ struct Blend {
 EXPORT int normlab_blend(const Blend *b, int dtype) noexcept {
   const double factors[] = {b->f0, b->f1};
   const int failed = typed(dtype, [&](auto element) {
-    using T = decltype(element);
-    using R = typename Math<T>::type;
+    using R = typename Math<decltype(element)>::type;
     const R *measured[] = {static_cast<const R *>(b->m0), static_cast<const R *>(b->m1)};
-    T *stored[] = {static_cast<T *>(b->s0), static_cast<T *>(b->s1)};
-    return blend<T, R>(b->n, b->areas, R(b->weight), measured, factors, stored, b->m1 ? 2 : 1);
+    R *stored[] = {static_cast<R *>(b->s0), static_cast<R *>(b->s1)};
+    return blend<R>(b->n, b->areas, R(b->weight), measured, factors, stored, b->m1 ? 2 : 1);
   });
   if (!failed) ++*b->count;
   return failed;

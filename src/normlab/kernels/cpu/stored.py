@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from normlab.kernels.cpu import library
-from normlab.kernels.cpu.function import DTYPES, WIDE
 
+_DTYPES = {torch.float32: 0, torch.float64: 1}
 _BLEND = struct.Struct("2qdPdPPdPP").pack  # `struct Blend` of stored.cpp
 
 
@@ -26,8 +26,8 @@ def blend(
 
     Args:
         buffers: One or two plain CPU tensors of shape (K,).
-        measured: As many in float32, or float64 where buffers are, with K elements each, or several
-            times K, one area after another, of which the mean is stored.
+        measured: As many, with K elements each, or several times K, one area after another, of
+            which the mean is stored.
         factors: As many, or more.
         weight: That of what was measured.
         count: Of batches.
@@ -36,17 +36,15 @@ def blend(
         False, and all is as it was, where something is not finite, or kernels do not fit.
     """
     compiled, dtype, size = library.load()[0], buffers[0].dtype, buffers[0].numel()
-    if compiled is None or len(buffers) > 2 or dtype not in DTYPES or count.dtype != torch.int64:
+    if compiled is None or len(buffers) > 2 or dtype not in _DTYPES or count.dtype != torch.int64:
         return False
     of: list[int | float] = []
     areas = measured[0].numel() // max(size, 1)
     for b, m, f in zip(buffers, measured, factors, strict=False):
+        fits = m.dtype is dtype is b.dtype and m.numel() == areas * size and b.numel() == size
         if (
-            b.dtype is not dtype
-            or m.dtype is not WIDE[dtype]
+            not fits
             or areas < 1
-            or m.numel() != areas * size
-            or b.numel() != size
             or not m.is_contiguous()
             or not b.is_contiguous()
             or b.is_inference()
@@ -55,7 +53,7 @@ def blend(
         of += (m.data_ptr(), f, b.data_ptr())
     if len(of) == 3:
         of += (0, 1.0, 0)
-    if compiled.normlab_blend(_BLEND(size, areas, weight, *of, count.data_ptr()), DTYPES[dtype]):
+    if compiled.normlab_blend(_BLEND(size, areas, weight, *of, count.data_ptr()), _DTYPES[dtype]):
         return False
     # Written past torch: a graph that holds an old value is told.
     increment_version(buffers)
