@@ -40,7 +40,7 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
 #ifdef STREAMED
   normlab_streamed = r() % 2 ? 0 : 8 << 20;
 #endif
-  i64 outer = pick({1, 2, 3, 5}), groups = pick({1, 2, 3, 7, 16, 33});
+  i64 outer = pick({1, 2, 3, 5}), groups = pick({1, 2, 3, 7, 13, 16, 33});
   k.bn = pick({1, 1, 2, 3, 8}), k.bc = pick({1, 1, 2, 5, 16, 17});
   if (LINES) k.bn = 1;
   k.n = outer * k.bn, k.c = groups * k.bc, k.p = pick({1, 1, 2, 3, 7, 15, 16, 17, 49, 64, 131});

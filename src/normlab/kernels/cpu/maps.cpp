@@ -238,17 +238,17 @@ template <class F, class T, class R> void sum(const Job<T, R> &job, bool columns
     return each_row(job, [&](i64 n, i64 c, Out &) {
       double totals[5] = {};
       i64 map = n * job.c + c;
-      sum_row<F>(job.x + n * xs.n + c * xs.c, job.dy + n * gs.n + c * gs.c, job.p,
-                        job.from(map), totals);
+      sum_row<F>(job.x + n * xs.n + c * xs.c, job.dy + n * gs.n + c * gs.c, job.p, job.from(map),
+                 totals);
       for (int j = 0; j < K; j++) job.sums[j * job.n * job.c + map] = R(totals[j]);
     });
   i64 parts = parts_of(job), width = K * job.c;
   std::vector<double> totals(job.n * parts * width);
   std::vector<R> work(job.n * parts * width);
   each_part(job, [&](i64 n, i64 unit, i64 p, i64 rows, Out &) {
-    sum_columns<F>(job.x + n * xs.n + p * xs.p, xs.p, job.dy + n * gs.n + p * gs.p, gs.p,
-                          rows, job.c, job.from(n * job.c), totals.data() + unit * width,
-                          work.data() + unit * width);
+    sum_columns<F>(job.x + n * xs.n + p * xs.p, xs.p, job.dy + n * gs.n + p * gs.p, gs.p, rows,
+                   job.c, job.from(n * job.c), totals.data() + unit * width,
+                   work.data() + unit * width);
   });
   for (i64 n = 0; n < job.n; n++)
     for (i64 j = 0; j < width; j++) {

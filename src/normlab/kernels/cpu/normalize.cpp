@@ -71,7 +71,8 @@ void measure_rows(const Job<T, R> &job, i64 n0, i64 c0, i64 width, i64 first, Ro
 }
 
 // Whether a result is stored past the caches: where it is larger than what they hold, and rows follow
-// each other, or columns have whole lines of memory.
+// each other, or columns have whole lines of memory and are these (of several rows at once, none may
+// begin a line).
 template <class T, class R> bool streamed(const Job<T, R> &job, const T *result) {
   const Shape &s = job.s;
   return result && !job.dr && s.n * s.c * s.p * i64(sizeof(T)) >= normlab_streamed;
@@ -80,7 +81,7 @@ template <class T, class R> bool streamed_rows(const Job<T, R> &job, const T *re
   return streamed(job, result) && job.ys.c == job.s.p;
 }
 template <class T, class R> bool streamed_columns(const Job<T, R> &job, const T *result) {
-  return streamed(job, result) && whole_lines(result, job.ys.n | job.ys.p);
+  return streamed(job, result) && whole_lines(result, job.s.c | job.ys.n | job.ys.p);
 }
 
 // How blocks of channels and of samples are shared out: tasks are the same for any number of
@@ -351,7 +352,7 @@ void forward_columns(const Job<T, R> &job, T *y, bool measure) {
     lines(job, 0, groups, common);
     share_out(pieces.parts, streams, [&](i64 i, Out &out) {
       const i64 last = pieces.parts - 1 - i; // what was read last is in cache still
-        apply_columns<A>(job, y, n0, pieces.from(last), pieces.count(last), common.l, out);
+      apply_columns<A>(job, y, n0, pieces.from(last), pieces.count(last), common.l, out);
     });
   }
 }
@@ -390,7 +391,7 @@ void backward_columns(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) 
     if (!dx) continue;
     share_out(pieces.parts, streams, [&](i64 i, Out &out) {
       const i64 last = pieces.parts - 1 - i;
-        gradient_columns<A>(job, dy, dx, n0, pieces.from(last), pieces.count(last), common.l, out);
+      gradient_columns<A>(job, dy, dx, n0, pieces.from(last), pieces.count(last), common.l, out);
     });
   }
 }
