@@ -173,7 +173,7 @@ class Renormalized:
         def bound(given: Schedule) -> Any:
             if not callable(given):
                 return given
-            if readable and isinstance(given, Ramp):
+            if readable and type(given) is Ramp:  # a subclass may have another rule
                 return given.at(int(step))
             found = given(step.to(mean.dtype))
             return torch.as_tensor(found, dtype=mean.dtype, device=mean.device)
