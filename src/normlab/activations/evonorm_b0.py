@@ -97,7 +97,7 @@ class EvoNormB0(StoringLayer):
         check_input(self, x, mask, self.num_channels, self.channel_dim)
         if x.numel() == 0:  # nothing to average; parameters stay in the graph, with gradient 0
             return x + 0 * sum((p.sum() for p in self.parameters()), x.new_zeros(()))
-        plain = linear(self, x) if self.v is None and mask is None else None
+        plain = linear(self, x, mask)
         if plain is not None:
             return plain
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim)

@@ -111,7 +111,7 @@ class EvoNormS0(nn.Module):
         check_input(self, x, mask, self.num_channels, self.channel_dim)
         if x.numel() == 0:  # nothing to average; parameters stay in the graph, with gradient 0
             return x + 0 * sum((p.sum() for p in self.parameters()), x.new_zeros(()))
-        plain = linear(self, x) if self.v is None and mask is None else None
+        plain = linear(self, x, mask)
         if plain is not None:
             return plain
         sizes = {"g": self.groups}
@@ -186,8 +186,10 @@ def reset(layer: nn.Module) -> None:
         parameter.fill_(0.0 if name == "bias" else 1.0)
 
 
-def linear(layer: Any, x: Tensor) -> Tensor | None:
-    """γ·x + β by compiled kernels; None where they do not do it."""
+def linear(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """γ·x + β by compiled kernels; None where it is not asked for, or they do not do it."""
+    if layer.v is not None or mask is not None:
+        return None
     layout = MAPS.bind(x.shape, channel_dim=layer.channel_dim)
     affine = (layer.weight, layer.bias)
     kernels = dispatch.kernels_for(x, layout, _NOTHING, None, affine)

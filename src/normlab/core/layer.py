@@ -195,7 +195,7 @@ class Normalize(StoringLayer):
             y = ys[0] if len(ys) == 1 else torch.cat(ys)
         if measured and self.stored_names:
             self._maybe_update(measured)
-        return self._recover(y) if self.recovery.dropout else y
+        return self._recover(y)
 
     # As in nn.Module: layers that take other arguments may override it.
     forward: Callable[..., Tensor] = _forward
@@ -301,7 +301,7 @@ class Normalize(StoringLayer):
         weight, bias, threshold = affine
         eps, stored = self.eps, self._uses_stored
         renormalized = not stored and isinstance(self.statistics, st.Renormalized)
-        if measures and layout.members == 1:
+        if measures:
             self._check_members(layout, False)
         given: Moments | None = None
         if measures and (stored or renormalized):
@@ -313,10 +313,9 @@ class Normalize(StoringLayer):
             assert given is not None
             views = (None if p is None else layout.per_channel(p) for p in (weight, bias))
             weight, bias = (
-                p.reshape(-1) if p.numel() == self.num_channels  # else one number for several
-                else p.expand(layout.per_channel(x.new_empty(self.num_channels)).shape).reshape(-1)
+                p.expand(layout.channel_shape).reshape(-1)
                 for p in self._renormalize(layout, given, *views)
-            )  # fmt: skip
+            )
         more = {} if residual is None else {"residual": residual}
         y: Tensor
         y, used = kernels.normalize(

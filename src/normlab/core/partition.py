@@ -262,11 +262,15 @@ class Layout:
 
     def per_channel(self, parameter: Tensor) -> Tensor:
         """View a parameter of shape (C,) so that it broadcasts against the split view."""
-        shape = [
+        return parameter.view(self.channel_shape)
+
+    @property
+    def channel_shape(self) -> list[int]:
+        """Shape of a number for each channel that broadcasts against the split view."""
+        return [
             size if self.partition.role(name) == "channel" else 1
             for name, size in zip(self.names, self.split_shape, strict=True)
         ]
-        return parameter.view(shape)
 
     def stored_dims(self) -> tuple[int, ...]:
         """Axes of the split view whose areas keep stored statistics of their own (channels)."""

@@ -86,13 +86,8 @@ def reason() -> str:
     return library.load()[1]
 
 
-def compiled() -> tuple[ModuleType, ...]:
-    """Return the families of compiled kernels where they are wanted and present, and not traced."""
-    return () if torch.compiler.is_compiling() else _untraced()
-
-
 def _untraced() -> tuple[ModuleType, ...]:
-    """`compiled` where nothing is traced."""
+    """Families of compiled kernels that are wanted and present, where nothing is traced."""
     if _current in ("torch", "reference"):
         return ()
     built = FAMILIES if library.load()[0] is not None else ()

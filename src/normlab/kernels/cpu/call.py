@@ -263,11 +263,9 @@ def _numbers(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[list[Tenso
     found: list[Tensor | None] = []
     flags, flag = 0, 2
     for p in parameters:
-        if p is not None and p.dtype is torch.bfloat16 and dtype is torch.float32:
-            flags |= flag
-            found.append(p if p.is_contiguous() else p.detach().contiguous())
-        else:
-            found.append(flat(p, dtype))
+        narrow = p is not None and p.dtype is torch.bfloat16 and dtype is torch.float32
+        found.append(flat(p, torch.bfloat16 if narrow else dtype))
+        flags |= flag * narrow
         flag *= 2
     return found, flags
 

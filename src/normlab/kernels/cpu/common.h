@@ -115,14 +115,12 @@ inline bool cancels(double sum, double squares, double count) {
   return (square > 16.0 * (squares * count - square)) | ((squares > most) & (square <= most));
 }
 
-// For a function that many places call, so that there is one copy of it.
+// One copy of the body, whether threads share it or not.
+template <class F>
 #if defined(__GNUC__)
-#define APART __attribute__((noinline))
-#else
-#define APART
+__attribute__((noinline))
 #endif
-
-template <class F> APART void range(i64 from, i64 to, const F &body) {
+void range(i64 from, i64 to, const F &body) {
   body(from, to);
 }
 

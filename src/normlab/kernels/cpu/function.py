@@ -315,7 +315,8 @@ def _by_operations(
     x, weight, bias, threshold, eps, residual = inputs
     assert x is not None
     layout, spec = job.layout, job.spec
-    # Stored statistics stand here once for each area, where `closed_form` takes them once in all.
+    # Stored statistics stand here once for each area, where `closed_form` takes them once in all;
+    # nor has that a gate.
     backend = closed_form if job.from_batch and spec.activation != "gated" else reference
     affine = [None if p is None else layout.per_channel(p) for p in (weight, bias, threshold)]
     y = backend.normalize(

@@ -25,9 +25,10 @@ constexpr i64 SECOND = 256 << 10; // bytes of a tile of rows, in a second-level 
 // Whether a result is stored past the caches: where it is larger than what they hold, and runs of so
 // many positions follow each other, or have whole lines of memory.
 template <class T> bool streamed(const Call &k, const void *result, i64 wide) {
-  if (!result || k.dr || k.n * k.c * k.p * i64(sizeof(T)) < normlab_streamed) return false;
+  const T *to = static_cast<const T *>(result);
+  if (k.dr || !past_caches(to, k.n * k.c * k.p)) return false;
   return (!k.columns && wide == k.p && k.yc == k.p) ||
-         whole_lines(static_cast<const T *>(result), k.yn | (k.columns ? k.bc | k.yp : k.p | k.yc));
+         whole_lines(to, k.yn | (k.columns ? k.bc | k.yp : k.p | k.yc));
 }
 
 template <class T, class R> struct Job {

@@ -256,7 +256,7 @@ def fused(x: Tensor, job: Job, parameters: Parameters) -> tuple[Tensor, Tensor, 
         parameters: Those of the layer.
 
     Returns:
-        y, in the dtype and memory order of x; μ and σ² of shape (N, areas), without gradient.
+        y, in the dtype and memory order of x; μ and σ² of shape (N, C), without gradient.
     """
     if torch.compiler.is_exporting():  # a program has no functions of Python
         y, mean, variance = _composed(x, job, parameters)

@@ -193,7 +193,7 @@ void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i6
 // Whether a result is stored past the caches: where it is larger than what they hold, and rows follow
 // each other, or columns have whole lines of memory.
 template <class T, class R> bool streamed(const Job<T, R> &job, bool columns) {
-  if (!job.out || job.n * job.c * job.p * i64(sizeof(T)) < normlab_streamed) return false;
+  if (!past_caches(job.out, job.n * job.c * job.p)) return false;
   return columns ? whole_lines(job.out, job.ys.n | job.ys.p) : job.ys.c == job.p;
 }
 

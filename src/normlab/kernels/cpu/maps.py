@@ -1,7 +1,7 @@
 """Layers as one curve for each map, between differentiable functions of moments.
 
 A map is a sample's channel with all its positions. Where all statistics of a layer follow from the
-means and variances of areas that are maps, or groups of them, it is
+means and variances of maps, it is
 
     moments → a function of a few N × C numbers → y = f(x; its results),
 
@@ -40,7 +40,7 @@ MAPS = partition("n c * -> (n c) (*)")
 _MOMENTS = Standardize(eps=0.0)
 
 Middle = Callable[..., Sequence[Tensor]]
-"""(μ, σ², *parameters) → coefficients, (N, C) or broadcast to it; μ and σ² are (N, areas)."""
+"""(μ, σ², *parameters) → coefficients, (N, C) or broadcast to it; μ and σ² are (N, C)."""
 Pull = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
 """((coefficients, N, C), μ, σ², coefficients) → gradients of μ, σ² and the parameters, in order."""
 
@@ -50,7 +50,7 @@ class Job(NamedTuple):
 
     Attributes:
         curve: ``"line"``: (x − μ)·a + b; ``"larger"``: x/max(d, v·x + s)·a + b.
-        layout: Areas of the moments: blocks of the channels of one sample; maps for a ``"line"``.
+        layout: `MAPS` bound to the shape of x.
         middle: What gives the coefficients in the order a, b, v, d, s.
         pull: What gives gradients from the sums of those of the coefficients; None leaves them to
             autograd, which takes several times as many operations.
@@ -300,7 +300,7 @@ def fused(
         pull: See `Job`.
 
     Returns:
-        y in the dtype and memory order of x; μ and σ² of shape (N, areas), without gradient.
+        y in the dtype and memory order of x; μ and σ² of shape (N, C), without gradient.
     """
     job = Job(curve, layout, middle, pull)
     traced = dispatch.traced()

@@ -71,11 +71,9 @@ void measure_rows(const Job<T, R> &job, i64 n0, i64 c0, i64 width, i64 first, Ro
 }
 
 // Whether a result is stored past the caches: where it is larger than what they hold, and rows follow
-// each other, or columns have whole lines of memory and are these (of several rows at once, none may
-// begin a line).
+// each other, or rows of channels, of which several are stored at once, are whole lines of memory.
 template <class T, class R> bool streamed(const Job<T, R> &job, const T *result) {
-  const Shape &s = job.s;
-  return result && !job.dr && s.n * s.c * s.p * i64(sizeof(T)) >= normlab_streamed;
+  return !job.dr && past_caches(result, job.s.n * job.s.c * job.s.p);
 }
 template <class T, class R> bool streamed_rows(const Job<T, R> &job, const T *result) {
   return streamed(job, result) && job.ys.c == job.s.p;
@@ -423,8 +421,10 @@ template <int A, class T> void backward(const Call &k) {
   T *dx = static_cast<T *>(k.dx);
   Totals totals(std::min(k.n / k.bn, TASKS), k.c);
   in_columns(k) ? backward_columns<A>(job, dy, dx, totals) : backward_rows<A>(job, dy, dx, totals);
-  give<R>(k, BETA, totals.sum(0), k.dbeta), give<R>(k, GAMMA, totals.sum(1), k.dgamma);
-  give<R>(k, TAU, totals.sum(2), k.dtau);
+  const auto finish = [&](int kind, Flag which, void *into) {
+    if (into) give<R>(k, which, totals.sum(kind), into);
+  };
+  finish(0, BETA, k.dbeta), finish(1, GAMMA, k.dgamma), finish(2, TAU, k.dtau);
 }
 
 // f(activation, element), as `chosen`, which has what all kernels have.

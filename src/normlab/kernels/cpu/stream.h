@@ -77,15 +77,14 @@ class Out {
     if (!line) return;
     unsigned char *memory = reinterpret_cast<unsigned char *>(line);
     if (from == 0 && to == LINE)
-      for (i64 i = 0; i < LINE; i += 8) stream(memory + i, take_bits(room + i));
+      for (i64 i = 0; i < LINE; i += 8) {
+        i64 bits;
+        std::memcpy(&bits, room + i, sizeof bits);
+        stream(memory + i, bits);
+      }
     else
       std::memcpy(memory + from, room + from, std::size_t(to - from));
     line = 0;
-  }
-  static i64 take_bits(const unsigned char *p) {
-    i64 v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
   }
 
 public:
@@ -114,6 +113,11 @@ public:
     sweep<R>(n, f);
   }
 };
+
+// Whether so many elements of a result are more than caches hold until it is read.
+template <class T> bool past_caches(const T *result, i64 elements) {
+  return result && elements * i64(sizeof(T)) >= normlab_streamed;
+}
 
 // Whether runs at these strides, or sums of them by bits, have whole lines of memory.
 template <class T> bool whole_lines(const T *result, i64 strides) {
