@@ -103,6 +103,11 @@ def wait_for(condition, seconds=60):
     raise AssertionError("it did not happen in time")
 
 
+def heed_signals():
+    """Undo what a shell does to the programs that it starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(out):
     """A comparison in a process group of its own."""
     return subprocess.Popen(
@@ -111,6 +116,7 @@ def start(out):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
 
 
