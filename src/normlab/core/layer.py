@@ -23,6 +23,7 @@ from normlab.core.partition import Layout, PartitionError, partition
 from normlab.core.recovery import Affine
 from normlab.core.stored import StoringLayer
 from normlab.kernels import dispatch
+from normlab.kernels.cpu import function
 from normlab.kernels.cpu.function import observed
 from normlab.kernels.dropout import dropout
 from normlab.kernels.hold import hold
@@ -104,6 +105,7 @@ class Normalize(StoringLayer):
         self.recovery = Affine() if recovery is None else recovery
         self.groups, self.batch_size = groups, batch_size
         self._warned = False
+        self._jobs = function.Memo()
         self._check_sizes()
         self._register()
 
@@ -247,6 +249,10 @@ class Normalize(StoringLayer):
         residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """`_normalize`, with a residual."""
+        if mask is None and residual is None and not torch.compiler.is_compiling():
+            y = self._again(x, measured)
+            if y is not None:
+                return y
         measures = self._measures
         sizes = self._sizes(x.shape[0], ghosts=measures)
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
@@ -278,12 +284,31 @@ class Normalize(StoringLayer):
         elif isinstance(self.statistics, st.Renormalized):
             weight, bias = self._renormalize(layout, given, weight, bias)
         spec = Spec(layout.member_dims, self.operation, self.activation)
-        y: Tensor = dispatch.implementation().normalize(
+        y = dispatch.implementation().normalize(
             view, given, weight, bias, threshold, eps, mask, spec,
             from_batch=from_batch, reduce=reduce if from_batch else None, slope=slope,
             residual=None if residual is None else layout.split(residual),
         )  # fmt: skip
         return layout.join(y)
+
+    def _again(self, x: Tensor, measured: list[tuple[Layout, Moments]]) -> Tensor | None:
+        """A pass by what an earlier one on such a tensor found to compute it, if that holds."""
+        affine = (self._own("weight"), self._own("bias"), self.threshold)
+        if self._uses_stored or not function.readable(x, self.num_channels, affine, ()):
+            return None
+        found: tuple[object, function.Job] | None
+        found = self._jobs.get((x.shape, x.stride(), x.dtype))
+        if found is None or found[0] != self._options():
+            return None
+        y, used = function.apply(found[1], x, *affine, self.eps)
+        measured.append((found[1].layout, used))
+        return y
+
+    def _options(self) -> tuple[object, ...]:
+        """What decides, beside the tensors, what computes a pass with statistics of its own."""
+        sizes = self.channel_dim, self.groups, self.batch_size
+        parts = self.partition, self.operation, self.statistics, self.recovery
+        return *parts, *sizes, dispatch.backend.name()
 
     @property
     def _compilable(self) -> bool:
@@ -323,6 +348,10 @@ class Normalize(StoringLayer):
         )
         if measures and not (stored or renormalized):
             measured.append((layout, used))
+            if kernels in dispatch.FAMILIES and residual is None:
+                job = function.job_of(layout, spec, True, kernels)
+                key = (x.shape, x.stride(), x.dtype)
+                function.remember(self._jobs, key, (self._options(), job))
         return y
 
     def _renormalize(

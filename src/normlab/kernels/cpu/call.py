@@ -258,8 +258,13 @@ def _run(function: Callable[[bytes, int], int], record: _Record, *parts: bytes) 
         raise MemoryError("the kernel could not allocate its working memory")
 
 
-def _numbers(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[list[Tensor | None], int]:
-    """γ, β and τ as kernels read them, and the flags of those in bfloat16."""
+def _numbers(dtype: torch.dtype, parameters: Parameters) -> tuple[Parameters, int]:
+    """γ, β and τ as kernels read them, the same tuple where they are, and flags of bfloat16."""
+    for p in parameters:
+        if p is not None and (p.dtype is not dtype or not p.is_contiguous()):
+            break
+    else:
+        return parameters, 0
     found: list[Tensor | None] = []
     flags, flag = 0, 2
     for p in parameters:
@@ -267,7 +272,7 @@ def _numbers(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[list[Tenso
         found.append(flat(p, torch.bfloat16 if narrow else dtype))
         flags |= flag * narrow
         flag *= 2
-    return found, flags
+    return tuple(found), flags
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:
@@ -300,7 +305,7 @@ def forward(
         mean, moment = _room(record)
     else:
         mean, moment = function.statistics(job, x, mean, moment)
-    parameters, flags = _numbers(record.dtype, weight, bias, threshold)
+    parameters, flags = _numbers(record.dtype, (weight, bias, threshold))
     if record.dense:
         y = torch.empty_like(x)
     else:
@@ -349,7 +354,8 @@ def backward(
             residual, dr = _along(job, record, dx, residual), torch.empty_like(dx)
     if not plain or not record.dense:
         head = _head(record, _walk(job, record, dy), None if dx is None else _walk(job, record, dx))
-    parameters, flags = _numbers(record.dtype, weight, bias, threshold)
+    own = (weight, bias, threshold)
+    parameters, flags = _numbers(record.dtype, own)
     # Dense, and of the dtype that the kernels write.
     slopes = [
         torch.empty_like(p) if p is not None and need else None
@@ -359,10 +365,12 @@ def backward(
     given = _addresses(x, *parameters, mean, moment, residual, None)
     found = _addresses(dy, dx, dr, *slopes, areas)
     _run(record.backward, record, head, OF_ONE_CALL(eps, flags, *given), OF_GRADIENTS(*found))
-    dweight, dbias, dthreshold = [
-        total if p is None or total is None or p.dtype is total.dtype else total.to(p.dtype)
-        for p, total in zip((weight, bias, threshold), slopes, strict=True)
-    ]
+    if parameters is not own:
+        slopes = [
+            total if p is None or total is None else total.to(p.dtype)
+            for p, total in zip(own, slopes, strict=True)
+        ]
+    dweight, dbias, dthreshold = slopes
     return dx, dweight, dbias, dthreshold, None if areas is None else areas.sum(), dr
 
 

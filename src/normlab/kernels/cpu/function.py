@@ -57,6 +57,13 @@ class Job:
         self.records: dict[Any, Any] = {}
 
 
+class Memo(dict[Any, Any]):
+    """What can be found again: copied and pickled empty."""
+
+    def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
+        return Memo, ()
+
+
 def remember(memo: dict[Any, Any], key: Any, value: Value) -> Value:
     """Keep a value for later calls; all are forgotten where there are too many.
 
@@ -359,18 +366,47 @@ def normalize(
     Returns:
         y, in the dtype and memory order of x, and the statistics used.
     """
+    job = job_of(layout, spec, from_batch, family)
+    return apply(job, x, weight, bias, threshold, eps, given, residual)
+
+
+def apply(
+    job: Job,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: Tensor | None,
+    eps: Tensor | float,
+    given: Moments | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Moments]:
+    """`normalize` in a case that is known already.
+
+    Args:
+        job: The case.
+        x: The input.
+        weight: γ of shape (C,), or None.
+        bias: β, likewise.
+        threshold: τ, for the TLU.
+        eps: ε, a tensor where it is learned.
+        given: Statistics to use; None to measure those of x.
+        residual: r, of the shape and dtype of x, if the family adds one.
+
+    Returns:
+        y, in the dtype and memory order of x, and the statistics used.
+    """
     learned, number = None, eps
     if isinstance(eps, Tensor):
-        learned, number = eps, eps.detach() if getattr(family, "READS_EPS", False) else eps.item()
-    job = job_of(layout, spec, from_batch, family)
+        learned = eps
+        number = eps.detach() if getattr(job.family, "READS_EPS", False) else eps.item()
     # Copied out here, where autograd sees it: what is saved must have x as its history.
-    x = family.place(job, x)
+    x = job.family.place(job, x)
     used: list[Tensor | None] = [None, None] if given is None else [given.mean, given.moment]
     if not torch.is_grad_enabled():
         y = _forward(job, x, weight, bias, threshold, number, used, residual)
     else:
         # The apply of Python looks for tensors left over from transforms, as slowly as a kernel
         # runs; of these, only a learned ε may be one.
-        apply = _Normalize.apply if learned is not None and _LEFT_OVER(learned) else _apply
-        y = apply(x, weight, bias, threshold, learned, residual, (job, number, used))  # type: ignore[no-untyped-call]
-    return y, Moments(used[0], used[1], layout.members)
+        call = _Normalize.apply if learned is not None and _LEFT_OVER(learned) else _apply
+        y = call(x, weight, bias, threshold, learned, residual, (job, number, used))  # type: ignore[no-untyped-call]
+    return y, Moments(used[0], used[1], job.layout.members)
