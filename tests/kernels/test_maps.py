@@ -21,10 +21,10 @@ METHODS = [
     ("evonorm_s0", {"groups": 1, "affine": False}), ("evonorm_s0", {"groups": 2, "eps": 0.1}),
     ("evonorm_b0", {}), ("evonorm_b0", {"bessel": True}), ("evonorm_b0", {"affine": False}),
     ("switchable", {}), ("switchable", {"over": ("layer", "instance"), "affine": False}),
-    ("switchable", {"over": "batch"}),
+    ("switchable", {"over": "batch"}), ("sparse_switchable", {}),
 ]  # fmt: skip
 NAMES = ["evonorm_s0", "evonorm_b0", "switchable"]
-FUSED = {maps._Fused, function._Normalize}  # of which a layer has one
+FUSED = {maps._Fused, maps._Known, function._Normalize}  # of which a layer has one
 ORDERS = ["rows", "columns", "sliced", "reversed"]
 
 
@@ -66,7 +66,7 @@ def compare(problem, dtype, tolerance):
     layer = build(name, options, channels, None, channel_dim, seed).train(train)
     x, dy = (t.to(dtype) for t in values(shape, seed, channel_dim))
     areas = shape[0] * options.get("groups", 1) if name == "evonorm_s0" else channels
-    if name == "switchable":  # any of the maps
+    if "switchable" in name:  # any of the maps
         areas = shape[0] * channels
     if x.numel() // areas < 3:
         return  # the deviation of one or two members may be any fraction of them, or refused
@@ -287,3 +287,46 @@ def test_saves_the_input_and_little_else(name):
         nl.norm(name, 32)(x)
     bytes_ = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     assert sum(bytes_.values()) < 1.05 * x.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tie_belongs_half_to_each_side(channel_dim, dtype):
+    """Of one sample both deviations of B0 are equal, and the lines meet where x is 0."""
+    layer = build("evonorm_b0", {}, 5, None, channel_dim).to(dtype)
+    exact = copy.deepcopy(layer).double()
+    shape = (1, 5, 6, 6) if channel_dim == 1 else (1, 6, 6, 5)
+    x, dy = (t.to(dtype) for t in values(shape, 1, channel_dim))
+    x = x.clamp(min=0)
+    assert (x == 0).sum() > 5
+    ours, plain = run(layer, x, dy, "auto"), run(exact, x.double(), dy.double(), "reference")
+    close(ours, plain, [1e-9 if dtype == torch.float64 else 2e-5])  # as above
+
+
+@pytest.mark.parametrize("name", ["evonorm_b0", "switchable"])
+@pytest.mark.parametrize("narrow", ["all", "some"])
+def test_parameters_in_bfloat16_are_read_as_they_are(name, narrow):
+    layer = build(name, {}, 6, None, 1)
+    for p in list(layer.parameters())[narrow == "some" :]:
+        p.data = p.data.bfloat16()
+    exact = copy.deepcopy(layer).double()
+    x, dy = (t.bfloat16() for t in values((4, 6, 35), 2, 1))
+    if name == "evonorm_b0":
+        dy = away_from_the_kink(exact, x.double(), dy)
+    ours = run(layer, x, dy, "auto")
+    wide = run(exact, x.double(), dy.double(), "reference")
+    # Gradients of parameters are rounded to bfloat16 once, as y is.
+    close(ours, wide, [2**-8])
+    for p, gradient in zip(layer.parameters(), ours[2:], strict=False):
+        assert gradient.dtype == p.dtype
+
+
+def test_numbers_of_another_length_are_refused_as_without_kernels():
+    layer = nl.SwitchableNorm(6)
+    layer.mean_weight = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises((ValueError, RuntimeError)):
+        layer(torch.randn(3, 6, 4))
+    wrong = nl.EvoNormB0(6)
+    wrong.v = torch.nn.Parameter(torch.ones(4))
+    with pytest.raises(RuntimeError):
+        wrong(torch.randn(3, 6, 4))

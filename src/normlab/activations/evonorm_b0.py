@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -144,23 +144,15 @@ class EvoNormB0(StoringLayer):
             spread_own = spread(Moments(None, variance, own.members), operation, eps, bessel)
             return a, b, v, deviation(moment, operation, eps), spread_own
 
-        def pull(
-            sums: Tensor, mean: Tensor, variance: Tensor, values: Sequence[Tensor]
-        ) -> tuple[Tensor | None, ...]:
-            # ∂√(c·σ² + ε)/∂σ² = c/(2·√(c·σ² + ε)), of samples and, over these, of the batch
-            scale, shift, slope, batch, _ = sums.sum(1)
-            dvariance = sums[4] / values[4] * (0.5 * correction)
-            if stored is not None:
-                return None, dvariance, slope, scale, shift
-            rate = batch / values[3][0] * (0.5 / len(mean))
-            dmean = (mean - mean.mean(0)) * (2 * rate)
-            return dmean, dvariance + rate, slope, scale, shift
-
-        y, mean, variance = maps.fused(
-            "larger", x, own, middle, v, self.weight, self.bias, pull=pull
+        known = maps.Known(
+            eps,
+            correction=correction,
+            stored=None if stored is None else (None, stored),
+            measures=self._updates,
         )
-        if self._measures:
-            mean, moment = (layout.from_stored(t[0]) for t in maps.merged(mean, variance, 0))
+        y, batch = maps.known("larger", x, own, middle, known, v, self.weight, self.bias)
+        if batch is not None:
+            mean, moment = (layout.from_stored(t.view(-1)) for t in batch)
             self._maybe_update([(layout, Moments(mean, moment, layout.members))])
         return y
 

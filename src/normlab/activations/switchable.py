@@ -12,6 +12,7 @@ from normlab.activations._lines import Line, LineNorm, Maps, Parameters, affine,
 from normlab.core.card import Card, invariances
 from normlab.core.recovery import Affine
 from normlab.core.statistics import Current, Running
+from normlab.kernels.cpu.maps import Known
 
 Over = Literal["instance", "layer", "batch"]
 # The widest area of the mixture decides what is stored, and which inputs have no result.
@@ -20,6 +21,8 @@ _WIDEST: dict[str, str] = {
     "layer": "n c * -> n (c *)",
     "instance": "n c * -> (n c) (*)",
 }
+
+_NUMBERS: dict[str, int] = {"instance": 1, "layer": 2, "batch": 3}  # as kernels number them
 
 
 class MixedMoments(LineNorm):
@@ -118,6 +121,14 @@ class SwitchableNorm(MixedMoments):
 
     def _shares(self, logits: Tensor, given: Any) -> Tensor:
         return logits.softmax(0)
+
+    def _known_to_kernels(self, stored: Maps | None) -> Known | None:
+        own = type(self)
+        if own._shares is not SwitchableNorm._shares or own._line is not MixedMoments._line:
+            return None
+        order = tuple(_NUMBERS[part] for part in self.over)
+        kept = None if stored is None else (stored.mean, stored.variance)
+        return Known(float(self.eps), order, stored=kept, measures=self._updates)
 
 
 def _checked(over: Sequence[Over]) -> tuple[Over, ...]:

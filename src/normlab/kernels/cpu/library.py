@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 9
+ABI = 10
 ENTRIES = ("normlab", "normlab_lines", "normlab_powers")
 """Families of functions, each of a forward and a backward direction; see `Call`."""
 SWITCH = "NORMLAB_KERNELS"
@@ -104,6 +104,7 @@ def _open(path: Path) -> ctypes.CDLL:
     for entry in ENTRIES:  # which take bytes and a number: to declare that makes calls slower
         _ = getattr(library, f"{entry}_forward"), getattr(library, f"{entry}_backward")
     _ = library.normlab_units, library.normlab_rewrite, library.normlab_maps, library.normlab_blend
+    _ = library.normlab_middle
     library.normlab_stream_from.restype = None
     return library
 

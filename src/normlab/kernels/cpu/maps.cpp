@@ -8,6 +8,7 @@
 // Orders of memory are those of normalize.cpp. Sums over a map are partial sums in R, in double from
 // there on, in an order that depends on the shape alone.
 
+#include "middles.h"
 #include "stream.h"
 
 namespace {
@@ -17,33 +18,48 @@ template <class X> struct Coefficients {
   X mu, a, b, v, d, s;
 };
 
-// Curves. `slopes` leaves what one element, with g = dL/dy, adds to the gradient of x (0) or of
-// coefficient 1 to 5: a, b, v, d, s. X is a vector of elements.
+// Curves. `terms` leaves what one element, with g = dL/dy, adds to each coefficient's sum, and
+// `finish` makes the coefficients' gradients of the sums of a map; `through` is dy f'(x). X is a
+// vector of elements.
 
 // y = (x - mu) a + b
 struct Line {
   static constexpr int coefficients = 2;
   template <class X> static X value(X x, const Coefficients<X> &q) { return (x - q.mu) * q.a + q.b; }
-  template <class X> static void slopes(X x, X g, const Coefficients<X> &q, X *to) {
-    to[0] = g * q.a, to[1] = g * (x - q.mu), to[2] = g;
+  template <class X> static void terms(X x, X g, const Coefficients<X> &q, X *to) {
+    to[0] = g * (x - q.mu), to[1] = g;
   }
+  static void finish(double *, i64, double, double) {}
+  template <class X> static X through(X, X g, const Coefficients<X> &q) { return g * q.a; }
 };
 
 // y = x / max(d, v x + s) a + b; a tie belongs half to each side, and NaN wins, as torch has it
 struct Larger {
   static constexpr int coefficients = 5;
   // Comparisons are false of NaN; one in d is in s too, see `gathered`.
-  template <class X> static X larger(X line, X d) { return line <= d ? d : line; }
+  template <class X> static X larger(X line, X d) { return d > line ? d : line; }
+  // The part of z, which is finite, that goes to the line.
+  template <class X> static X share(X z, X line, X d) {
+    const X zero{};
+    z = line < d ? zero : z;
+    return line == d ? z * 0.5f : z;
+  }
   template <class X> static X value(X x, const Coefficients<X> &q) {
     return x / larger<X>(q.v * x + q.s, q.d) * q.a + q.b;
   }
-  template <class X> static void slopes(X x, X g, const Coefficients<X> &q, X *to) {
+  template <class X> static void terms(X x, X g, const Coefficients<X> &q, X *to) {
     X line = q.v * x + q.s, inverse = 1.0f / larger<X>(line, q.d), ratio = x * inverse;
-    X direct = g * q.a * inverse, below = -direct * ratio, zero{};
-    X over = line < q.d ? zero : below;
-    over = line == q.d ? below * 0.5f : over;
-    to[0] = direct + over * q.v, to[1] = g * ratio, to[2] = g;
-    to[3] = over * x, to[4] = below - over, to[5] = over;
+    X both = g * ratio, over = share<X>(both, line, q.d);
+    to[0] = both, to[1] = g, to[2] = over * ratio, to[3] = both - over, to[4] = over * inverse;
+  }
+  // dL/dmax is -a g x / max^2; where d is the larger, it is the same of all elements.
+  static void finish(double *sums, i64 step, double a, double d) {
+    sums[2 * step] *= -a, sums[4 * step] *= -a;
+    if (sums[3 * step] != 0) sums[3 * step] *= -a / d;
+  }
+  template <class X> static X through(X x, X g, const Coefficients<X> &q) {
+    X line = q.v * x + q.s, inverse = 1.0f / larger<X>(line, q.d), direct = g * (q.a * inverse);
+    return direct - direct * share<X>(x * inverse * q.v, line, q.d);
   }
 };
 
@@ -116,17 +132,18 @@ void sum_row(const T *x, const T *dy, i64 p, const Numbers<R> &of, double *sums)
   constexpr int K = F::coefficients;
   const Coefficients<V<R>> q = of_map<F>(of);
   for (i64 first = 0; first < p; first += CHUNK) {
-    V<R> s[K] = {}, one[K + 1];
+    V<R> s[K] = {}, one[K];
     sweep<R>(std::min(CHUNK, p - first), [&](i64 i, auto at) {
-      F::slopes(at.read(x + first + i, V<R>{}), at.read(dy + first + i, V<R>{}), q, one);
-      for (int j = 0; j < K; j++) s[j] += at.live(one[j + 1]);
+      F::terms(at.read(x + first + i, V<R>{}), at.read(dy + first + i, V<R>{}), q, one);
+      for (int j = 0; j < K; j++) s[j] += at.live(one[j]);
     });
     for (int j = 0; j < K; j++) sums[j] += total<R>(s[j]);
   }
+  F::finish(sums, 1, double(of.a[0]), double(of.d[0]));
 }
 
 // What flows through the moments; where nothing does, what x holds does not matter, be it NaN.
-template <class X> inline X through(X x, X mu, X k, X h) {
+template <class X> inline X of_moments(X x, X mu, X k, X h) {
   const X zero{};
   return (k != zero ? (x - mu) * k : zero) + h;
 }
@@ -136,9 +153,9 @@ void gradient_row(const T *x, const T *dy, T *dx, i64 p, const Numbers<R> &of, O
   const Coefficients<V<R>> q = of_map<F>(of);
   const V<R> k = all<R>(of.k[0]), h = all<R>(of.h[0]);
   out.sweep_to<R>(dx, p, [&](i64 i, auto at) {
-    V<R> e = at.read(x + i, V<R>{}), one[F::coefficients + 1];
-    F::slopes(e, at.read(dy + i, V<R>{}), q, one);
-    at.write(dx + i, one[0] + through<V<R>>(e, q.mu, k, h));
+    V<R> e = at.read(x + i, V<R>{});
+    V<R> direct = F::through(e, at.read(dy + i, V<R>{}), q);
+    at.write(dx + i, direct + of_moments<V<R>>(e, q.mu, k, h));
   });
 }
 
@@ -164,11 +181,11 @@ void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const
     for (i64 r = first; r < last; r++, x += xp, dy += gp)
       sweep<R>(c, [&](i64 j, auto at) {
         const V<R> zero{};
-        V<R> one[K + 1];
-        F::slopes(at.read(x + j, zero), at.read(dy + j, zero), of_channels<F>(of, j, at), one);
+        V<R> one[K];
+        F::terms(at.read(x + j, zero), at.read(dy + j, zero), of_channels<F>(of, j, at), one);
         for (int i = 0; i < K; i++) {
           R *sum = work + i * c + j;
-          at.write(sum, at.read(sum, zero) + one[i + 1]);
+          at.write(sum, at.read(sum, zero) + one[i]);
         }
       });
     for (i64 j = 0; j < K * c; j++) sums[j] += double(work[j]);
@@ -181,10 +198,10 @@ void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i6
   for (i64 r = 0; r < rows; r++, x += xp, dy += gp, dx += yp)
     out.sweep_to<R>(dx, c, [&](i64 j, auto at) {
       const Coefficients<V<R>> q = of_channels<F>(of, j, at);
-      V<R> e = at.read(x + j, V<R>{}), one[F::coefficients + 1];
+      V<R> e = at.read(x + j, V<R>{});
       V<R> k = at.read(of.k + j, V<R>{}), h = at.read(of.h + j, V<R>{});
-      F::slopes(e, at.read(dy + j, V<R>{}), q, one);
-      at.write(dx + j, one[0] + through<V<R>>(e, q.mu, k, h));
+      V<R> direct = F::through(e, at.read(dy + j, V<R>{}), q);
+      at.write(dx + j, direct + of_moments<V<R>>(e, q.mu, k, h));
     });
 }
 
@@ -250,12 +267,15 @@ template <class F, class T, class R> void sum(const Job<T, R> &job, bool columns
                    job.c, job.from(n * job.c), totals.data() + unit * width,
                    work.data() + unit * width);
   });
-  for (i64 n = 0; n < job.n; n++)
-    for (i64 j = 0; j < width; j++) {
-      double one = 0;
-      for (i64 i = 0; i < parts; i++) one += totals[(n * parts + i) * width + j];
-      job.sums[(j / job.c * job.n + n) * job.c + j % job.c] = R(one);
-    }
+  for (i64 n = 0; n < job.n; n++) {
+    double *all = totals.data() + n * parts * width;
+    for (i64 i = 1; i < parts; i++)
+      for (i64 j = 0; j < width; j++) all[j] += all[i * width + j];
+    const Numbers<R> of = job.from(n * job.c);
+    for (i64 c = 0; c < job.c; c++) F::finish(all + c, job.c, double(of.a[c]), double(of.d[c]));
+    for (int k = 0; k < K; k++)
+      for (i64 c = 0; c < job.c; c++) job.sums[(k * job.n + n) * job.c + c] = R(all[k * job.c + c]);
+  }
 }
 
 template <class F, class T, class R> void gradient(const Job<T, R> &job, bool columns) {
@@ -298,10 +318,41 @@ template <class T> int choose(const Maps &m, int which) {
   }
 }
 
+// All of a direction but the moments of maps: the middle `M` and the passes about it.
+template <class F, template <class> class M, class T> int whole(const Middle &m, Maps maps, bool back) {
+  using R = typename Math<T>::type;
+  constexpr i64 K = M<R>::coefficients;
+  const i64 all = maps.n * maps.c;
+  M<R> middle(m, maps.n, maps.c);
+  std::vector<R> room(std::size_t((2 * K + 2) * all));
+  R *of = room.data(), *sums = of + K * all, *k = sums + K * all, *h = k + all;
+  middle.fill(of);
+  maps.mean = m.mean, maps.a = of, maps.b = of + all;
+  if (K == 5) maps.v = of + 2 * all, maps.d = of + 3 * all, maps.s = of + 4 * all;
+  if (!back) return pass<F, T>(maps, APPLY);
+  void *dx = maps.out;
+  maps.sums = sums;
+  pass<F, T>(maps, SUMS);
+  middle.pull(sums, of, maps.p, k, h);
+  maps.k = k, maps.h = h, maps.out = dx;
+  return dx ? pass<F, T>(maps, GRADIENT) : 0;
+}
+
 } // namespace
 
 // pass: 0 y, 1 sums, 2 dx. Returns 0, or 1 for another pass, curve or dtype, 2
 // without memory.
 EXPORT int normlab_maps(const Maps *maps, int pass, int dtype) noexcept {
   return typed(dtype, [&](auto element) { return choose<decltype(element)>(*maps, pass); });
+}
+
+// A direction of a layer whose middle is known here: of `maps`, the lengths, walks, x, dy, and y or dx.
+// Returns 0, or 1 for another kind or dtype, 2 without memory.
+EXPORT int normlab_middle(const Middle *middle, const Maps *maps, int back, int dtype) noexcept {
+  return typed(dtype, [&](auto element) {
+    using T = decltype(element);
+    if (middle->kind == 0) return whole<Line, Mixture, T>(*middle, *maps, back);
+    if (middle->kind == 1) return whole<Larger, Wider, T>(*middle, *maps, back);
+    return 1;
+  });
 }

@@ -5,8 +5,8 @@ means and variances of maps, it is
 
     moments → a function of a few N × C numbers → y = f(x; its results),
 
-of which the ends, which pass over x, are compiled, and the middle is a few torch operations. The
-backward pass sums the gradients of f's coefficients over each map, pulls these back through the
+of which the ends, which pass over x, are compiled, and the middle is a few torch operations, or
+compiled too where it is one of two that kernels know. The backward pass sums the gradients of f's coefficients over each map, pulls these back through the
 middle to the moments and the parameters, and writes
 
     ∂L/∂x = ∂L/∂y · f'(x) + (x − μ) · 2·∂L/∂σ²/m + ∂L/∂μ/m.
@@ -41,8 +41,27 @@ _MOMENTS = Standardize(eps=0.0)
 
 Middle = Callable[..., Sequence[Tensor]]
 """(μ, σ², *parameters) → coefficients, (N, C) or broadcast to it; μ and σ² are (N, C)."""
-Pull = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
-"""((coefficients, N, C), μ, σ², coefficients) → gradients of μ, σ² and the parameters, in order."""
+
+class Known(NamedTuple):
+    """What kernels need of a middle that they know, beside its parameters.
+
+    That of a line is a mixture of areas; its parameters are the logits of means and of variances, γ
+    and β. That of the larger one is `EvoNormB0`; its parameters are v, γ and β.
+
+    Attributes:
+        eps: ε.
+        order: Of a mixture, its parts in the order of their logits: 1 maps, 2 samples, 3 channels.
+        correction: Factor of the variance of a map where it stands for itself.
+        stored: Mean (None for `EvoNormB0`) and variance that stand for the batch's, or None.
+        measures: Whether moments of channels over the batch are wanted.
+    """
+
+    eps: float
+    order: tuple[int, ...] = ()
+    correction: float = 1.0
+    stored: tuple[Tensor | None, Tensor] | None = None
+    measures: bool = False
+
 
 
 class Job(NamedTuple):
@@ -52,14 +71,11 @@ class Job(NamedTuple):
         curve: ``"line"``: (x − μ)·a + b; ``"larger"``: x/max(d, v·x + s)·a + b.
         layout: `MAPS` bound to the shape of x.
         middle: What gives the coefficients in the order a, b, v, d, s.
-        pull: What gives gradients from the sums of those of the coefficients; None leaves them to
-            autograd, which takes several times as many operations.
     """
 
     curve: Curve
     layout: Layout
     middle: Middle
-    pull: Pull | None = None
 
 
 class _Call(ctypes.Structure):
@@ -73,6 +89,26 @@ class _Call(ctypes.Structure):
             "x", "dy", "mean", "k", "h", "a", "b", "v", "d", "s", "out", "sums",
         )],
     ]  # fmt: skip
+
+
+class _Middle(ctypes.Structure):
+    """A middle that kernels know; kept in step with `struct Middle` of middles.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in ("kind", "order", "narrow")],
+        *[(name, ctypes.c_double) for name in ("eps", "correction")],
+        *[(name, ctypes.c_void_p) for name in (
+            "mean", "variance", "stored_mean", "stored_variance", "gamma", "beta", "v",
+            "mean_logits", "variance_logits", "batch_mean", "batch_variance",
+            "dgamma", "dbeta", "dv", "dmean_logits", "dvariance_logits",
+        )],
+    ]  # fmt: skip
+
+
+_PARAMETERS: dict[Curve, tuple[str, ...]] = {
+    "line": ("mean_logits", "variance_logits", "gamma", "beta"),
+    "larger": ("v", "gamma", "beta"),
+}
 
 
 def supports(x: Tensor, parameters: Sequence[Tensor | None], mask: Tensor | None = None) -> bool:
@@ -134,17 +170,31 @@ def _along(dy: Tensor, x: Tensor, layout: Layout, columns: bool) -> Tensor:
     return dy
 
 
+def _call(
+    job: Job, x: Tensor, columns: bool, out: Tensor | None, dy: Tensor | None
+) -> _Call:
+    """What is over all maps."""
+    walks = (_walk(t, job.layout, columns) for t in (x, dy, out))
+    number = _CURVES[job.curve][0]
+    record = _Call(*job.layout.lengths, *chain.from_iterable(walks), columns, number)
+    _address(record, x=x, dy=dy, out=out)
+    return record
+
+
+def _address(record: ctypes.Structure, **tensors: Tensor | None) -> None:
+    """Write where tensors lie."""
+    for name, tensor in tensors.items():
+        setattr(record, name, None if tensor is None else tensor.data_ptr())
+
+
 def _run(
     which: int, job: Job, x: Tensor, columns: bool, mean: Tensor, coefficients: Sequence[Tensor],
     out: Tensor | None = None, dy: Tensor | None = None, **rest: Tensor,
 ) -> None:  # fmt: skip
     """One pass over x."""
-    number, names = _CURVES[job.curve]
-    walks = (_walk(t, job.layout, columns) for t in (x, dy, out))
-    record = _Call(*job.layout.lengths, *chain.from_iterable(walks), columns, number)
-    numbers = (*zip(names, coefficients, strict=True), *rest.items())
-    for name, tensor in (("x", x), ("mean", mean), ("out", out), ("dy", dy), *numbers):
-        setattr(record, name, None if tensor is None else tensor.data_ptr())
+    record = _call(job, x, columns, out, dy)
+    names = _CURVES[job.curve][1]
+    _address(record, mean=mean, **dict(zip(names, coefficients, strict=True)), **rest)
     compiled = library.ready()
     if compiled.normlab_maps(ctypes.byref(record), which, function.DTYPES[x.dtype]):
         raise MemoryError("the kernel could not allocate its working memory")
@@ -194,17 +244,14 @@ class _Fused(torch.autograd.Function):
         x, columns = _placed(x, job.layout)
         mean, variance = mean.contiguous(), variance.contiguous()
         dy = _along(dy, x, job.layout, columns)
-        wanted = (needs[0], needs[0], *needs[2:]) if job.pull is None else None
-        with torch.set_grad_enabled(job.pull is None):
+        wanted = (needs[0], needs[0], *needs[2:])
+        with torch.enable_grad():
             leaves = _leaves((mean, variance, *parameters), mean.dtype, wanted)
             coefficients = [t.expand(job.layout.lengths[:2]) for t in job.middle(*leaves)]
         values = _full(coefficients, job.layout, mean.dtype)
         sums = mean.new_empty(len(values), *job.layout.lengths[:2])
         _run(_SUMS, job, x, columns, mean, values, None, dy, sums=sums)
-        if job.pull is None:
-            dmean, dvariance, *slopes = _pulled(coefficients, sums, leaves)
-        else:
-            dmean, dvariance, *slopes = job.pull(sums, mean, variance, values)
+        dmean, dvariance, *slopes = _pulled(coefficients, sums, leaves)
         dx = None
         if needs[0]:
             dx = call._like(x, job.layout, columns)
@@ -285,8 +332,7 @@ def curve(
 
 
 def fused(
-    curve: Curve, x: Tensor, layout: Layout, middle: Middle, *parameters: Tensor | None,
-    pull: Pull | None = None,
+    curve: Curve, x: Tensor, layout: Layout, middle: Middle, *parameters: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y = f(x; middle(μ, σ², *parameters)), and the moments.
 
@@ -297,12 +343,11 @@ def fused(
         middle: Differentiable, without random numbers or side effects: it runs again in the
             backward pass. Gets the parameters in the dtype of the moments, float32 or float64.
         *parameters: What it needs beside the moments, and is differentiated for.
-        pull: See `Job`.
 
     Returns:
         y in the dtype and memory order of x; μ and σ² of shape (N, C), without gradient.
     """
-    job = Job(curve, layout, middle, pull)
+    job = Job(curve, layout, middle)
     traced = dispatch.traced()
     if traced is not None:
         found: tuple[Tensor, Tensor, Tensor] = traced.map_ops.fused(x, job, parameters)
@@ -311,3 +356,114 @@ def fused(
     x, _ = _placed(x, layout)
     y, mean, variance = _Fused.apply(x, job, *parameters)  # type: ignore[no-untyped-call]
     return y, mean, variance
+
+
+class _Known(torch.autograd.Function):
+    """(x, job, known, batch, *parameters) → y; moments over the batch are put into `batch`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, job: Job, known: Known, batch: tuple[Tensor, ...] | None,
+        *parameters: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        given = call.moments(x, job.layout, reference.Spec(job.layout.member_dims, _MOMENTS, None))
+        assert given.mean is not None
+        assert given.moment is not None
+        columns = _placed(x, job.layout)[1]
+        y = call._like(x, job.layout, columns)
+        record = _call(job, x, columns, y, None)
+        _through(job, known, record, x.dtype, given.mean, given.moment, parameters, (), batch)
+        ctx.job, ctx.known = job, known
+        ctx.save_for_backward(x, given.mean, given.moment, *parameters)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy = grads[0]
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, mean, variance, *parameters = ctx.saved_tensors
+        needs, job = ctx.needs_input_grad, ctx.job
+        if torch.is_grad_enabled() or not function.direct(dy):
+            formula = partial(_by_operations, job)
+            asked = (needs[0], *needs[4:])
+            dx, *slopes = function.derivatives(formula, (x, *parameters), asked, dy)
+            return dx, None, None, None, *slopes
+        # Hooks on saved tensors may have changed their order.
+        x, columns = _placed(x, job.layout)
+        dy = _along(dy, x, job.layout, columns)
+        dx = call._like(x, job.layout, columns) if needs[0] else None
+        record = _call(job, x, columns, dx, dy)
+        moments = mean.contiguous(), variance.contiguous()
+        slopes = _through(job, ctx.known, record, x.dtype, *moments, parameters, needs[4:], None)
+        return dx, None, None, None, *slopes
+
+
+def _through(
+    job: Job, known: Known, record: _Call, dtype: torch.dtype, mean: Tensor, variance: Tensor,
+    parameters: Sequence[Tensor | None], needs: Sequence[bool], batch: tuple[Tensor, ...] | None,
+) -> list[Tensor | None]:  # fmt: skip
+    """A direction by kernels; gradients of those parameters that need one, backward."""
+    wide, names = mean.dtype, _PARAMETERS[job.curve]
+    narrow = wide is torch.float32 and all(
+        [p is None or p.dtype is torch.bfloat16 for p in parameters]  # noqa: C419 (faster)
+    )
+    read = [function.flat(p, torch.bfloat16 if narrow else wide) for p in parameters]
+    slopes = [
+        torch.empty_like(p) if p is not None and need else None
+        for p, need in zip(read, needs or [False] * len(read), strict=True)
+    ]
+    order = sum(part << 2 * k for k, part in enumerate(known.order))
+    middle = _Middle(_CURVES[job.curve][0], order, narrow, known.eps, known.correction)
+    stored = (None, None) if known.stored is None else known.stored
+    stored = [function.flat(t, wide) for t in stored]
+    _address(middle, mean=mean, variance=variance, **dict(zip(names, read, strict=True)))
+    _address(middle, stored_mean=stored[0], stored_variance=stored[1])
+    _address(middle, **{f"d{name}": t for name, t in zip(names, slopes, strict=True)})
+    if batch is not None:
+        _address(middle, batch_mean=batch[0], batch_variance=batch[1])
+    given = ctypes.byref(middle), ctypes.byref(record), bool(needs), function.DTYPES[dtype]
+    if library.ready().normlab_middle(*given):
+        raise MemoryError("the kernel could not allocate its working memory")
+    return [
+        total if p is None or total is None or total.dtype is p.dtype else total.to(p.dtype)
+        for p, total in zip(parameters, slopes, strict=True)
+    ]
+
+
+def known(
+    curve: Curve, x: Tensor, layout: Layout, middle: Middle, of: Known,
+    *parameters: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
+    """`fused` with a middle that kernels know.
+
+    Args:
+        curve: f; see `Job`.
+        x: As `supports` allows it.
+        layout: See `Job`.
+        middle: The same in torch operations, as `fused` takes it.
+        of: What kernels need of it.
+        *parameters: As `Known` says.
+
+    Returns:
+        y in the dtype and memory order of x; mean and variance of channels over the batch, (1, C),
+        without gradient, if wanted.
+    """
+    channels = layout.lengths[1]
+    shapes = [len(of.order)] * 2 if curve == "line" else [channels]
+    shapes += [channels] * 2
+    stored = () if of.stored is None else of.stored
+    fits = all(p is None or p.shape == (n,) for p, n in zip(parameters, shapes, strict=True))
+    if torch.compiler.is_compiling() or not fits or not all(
+        t is None or (function.plain(t) and t.numel() == channels) for t in stored
+    ):
+        y, mean, variance = fused(curve, x, layout, middle, *parameters)
+        return y, merged(mean, variance, 0) if of.measures else None
+    dtype, batch = function.WIDE[x.dtype], None
+    if of.measures:
+        batch = x.new_empty(1, channels, dtype=dtype), x.new_empty(1, channels, dtype=dtype)
+    x, _ = _placed(x, layout)  # as in `fused`
+    job = Job(curve, layout, middle)
+    y = _Known.apply(x, job, of, batch, *parameters)  # type: ignore[no-untyped-call]
+    return y, batch

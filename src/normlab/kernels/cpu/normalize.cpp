@@ -452,4 +452,4 @@ EXPORT int normlab_backward(const Call *call, int dtype) noexcept {
 // For all kernels of the library, from the next call on.
 EXPORT void normlab_stream_from(i64 bytes) noexcept { normlab_streamed = bytes; }
 
-EXPORT int normlab_abi() noexcept { return 9; }
+EXPORT int normlab_abi() noexcept { return 10; }
