@@ -8,6 +8,8 @@
 // Orders of memory are those of normalize.cpp. Sums over a map are partial sums in R, in double from
 // there on, in an order that depends on the shape alone.
 
+#include <utility>
+
 #include "middles.h"
 #include "stream.h"
 
@@ -113,6 +115,14 @@ inline Coefficients<V<R>> of_channels(const Numbers<R> &of, i64 j, At at) {
   return gathered<F>(of, [&](const R *q) { return at.read(q + j, V<R>{}); });
 }
 
+// f(0), ..., f(K - 1), each known to the compiler, which then keeps arrays of K in registers.
+template <class F, int... I> inline void each_of(std::integer_sequence<int, I...>, F f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int K, class F> inline void each_of(F f) {
+  each_of(std::make_integer_sequence<int, K>{}, f);
+}
+
 constexpr i64 CHUNK = 4096; // elements of a row, and
 constexpr i64 STEP = 128;   // rows of a column, that are summed in R before sums go to double
 
@@ -132,12 +142,20 @@ void sum_row(const T *x, const T *dy, i64 p, const Numbers<R> &of, double *sums)
   constexpr int K = F::coefficients;
   const Coefficients<V<R>> q = of_map<F>(of);
   for (i64 first = 0; first < p; first += CHUNK) {
+    const i64 last = std::min(first + CHUNK, p);
     V<R> s[K] = {}, one[K];
-    sweep<R>(std::min(CHUNK, p - first), [&](i64 i, auto at) {
-      F::terms(at.read(x + first + i, V<R>{}), at.read(dy + first + i, V<R>{}), q, one);
-      for (int j = 0; j < K; j++) s[j] += at.live(one[j]);
-    });
-    for (int j = 0; j < K; j++) sums[j] += total<R>(s[j]);
+    i64 i = first; // not by `sweep`: sums that a function has by reference are kept in memory
+    for (; i + LANES<R> <= last; i += LANES<R>) {
+      F::terms(take<R>(x + i), take<R>(dy + i), q, one);
+      each_of<K>([&](auto j) { s[j] += one[j]; });
+    }
+    if (i < last) {
+      const Part<R> at{last - i};
+      const V<R> zero{};
+      F::terms(at.read(x + i, zero), at.read(dy + i, zero), q, one);
+      each_of<K>([&](auto j) { s[j] += at.live(one[j]); });
+    }
+    each_of<K>([&](auto j) { sums[j] += total<R>(s[j]); });
   }
   F::finish(sums, 1, double(of.a[0]), double(of.d[0]));
 }
@@ -161,13 +179,24 @@ void gradient_row(const T *x, const T *dy, T *dx, i64 p, const Numbers<R> &of, O
 
 // --- columns: a sample is P rows of C contiguous channels ------------------------------------------
 
+// f(row, count), four rows at a time where they are short and share what is read of each channel, as
+// `row_by_row` of loops.h has it: more is read of each here.
+template <class T, class F> inline void rows_together(i64 rows, i64 c, F f) {
+  i64 r = 0;
+  for (; r + 4 <= rows && c * i64(sizeof(T)) <= 256; r += 4) f(r, std::integral_constant<int, 4>{});
+  for (; r < rows; r++) f(r, std::integral_constant<int, 1>{});
+}
+
 template <class F, class T, class R>
 void apply_columns(const T *x, i64 xp, T *y, i64 yp, i64 rows, i64 c, const Numbers<R> &of,
                    Out &out) {
-  for (i64 r = 0; r < rows; r++, x += xp, y += yp)
-    out.sweep_to<R>(y, c, [&](i64 j, auto at) {
-      at.write(y + j, F::value(at.read(x + j, V<R>{}), of_channels<F>(of, j, at)));
+  rows_together<T>(rows, c, [&](i64 r, auto count) {
+    out.sweep_to<R>(y + r * yp, c, [&](i64 j, auto at) {
+      const Coefficients<V<R>> q = of_channels<F>(of, j, at);
+      for (i64 i = r; i < r + count; i++)
+        at.write(y + i * yp + j, F::value(at.read(x + i * xp + j, V<R>{}), q));
     });
+  });
 }
 
 // Adds to `sums`, C for each coefficient, by way of as many in `work`.
@@ -178,16 +207,19 @@ void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const
   for (i64 first = 0; first < rows; first += STEP) {
     i64 last = std::min(first + STEP, rows);
     std::fill(work, work + K * c, R(0));
-    for (i64 r = first; r < last; r++, x += xp, dy += gp)
+    rows_together<T>(last - first, c, [&](i64 r, auto count) {
       sweep<R>(c, [&](i64 j, auto at) {
+        const Coefficients<V<R>> q = of_channels<F>(of, j, at);
         const V<R> zero{};
-        V<R> one[K];
-        F::terms(at.read(x + j, zero), at.read(dy + j, zero), of_channels<F>(of, j, at), one);
-        for (int i = 0; i < K; i++) {
-          R *sum = work + i * c + j;
-          at.write(sum, at.read(sum, zero) + one[i]);
+        V<R> one[K], s[K];
+        each_of<K>([&](auto k) { s[k] = at.read(work + k * c + j, zero); });
+        for (i64 i = first + r; i < first + r + count; i++) {
+          F::terms(at.read(x + i * xp + j, zero), at.read(dy + i * gp + j, zero), q, one);
+          each_of<K>([&](auto k) { s[k] += one[k]; });
         }
+        each_of<K>([&](auto k) { at.write(work + k * c + j, s[k]); });
       });
+    });
     for (i64 j = 0; j < K * c; j++) sums[j] += double(work[j]);
   }
 }
@@ -195,14 +227,17 @@ void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const
 template <class F, class T, class R>
 void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i64 rows, i64 c,
                       const Numbers<R> &of, Out &out) {
-  for (i64 r = 0; r < rows; r++, x += xp, dy += gp, dx += yp)
-    out.sweep_to<R>(dx, c, [&](i64 j, auto at) {
+  rows_together<T>(rows, c, [&](i64 r, auto count) {
+    out.sweep_to<R>(dx + r * yp, c, [&](i64 j, auto at) {
       const Coefficients<V<R>> q = of_channels<F>(of, j, at);
-      V<R> e = at.read(x + j, V<R>{});
-      V<R> k = at.read(of.k + j, V<R>{}), h = at.read(of.h + j, V<R>{});
-      V<R> direct = F::through(e, at.read(dy + j, V<R>{}), q);
-      at.write(dx + j, direct + of_moments<V<R>>(e, q.mu, k, h));
+      const V<R> k = at.read(of.k + j, V<R>{}), h = at.read(of.h + j, V<R>{});
+      for (i64 i = r; i < r + count; i++) {
+        V<R> e = at.read(x + i * xp + j, V<R>{});
+        V<R> direct = F::through(e, at.read(dy + i * gp + j, V<R>{}), q);
+        at.write(dx + i * yp + j, direct + of_moments<V<R>>(e, q.mu, k, h));
+      }
     });
+  });
 }
 
 // --- passes ----------------------------------------------------------------------------------------
@@ -211,7 +246,7 @@ void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i6
 // each other, or columns have whole lines of memory.
 template <class T, class R> bool streamed(const Job<T, R> &job, bool columns) {
   if (!past_caches(job.out, job.n * job.c * job.p)) return false;
-  return columns ? whole_lines(job.out, job.ys.n | job.ys.p) : job.ys.c == job.p;
+  return columns ? whole_lines(job.out, job.ys.n | job.ys.p | job.c) : job.ys.c == job.p;
 }
 
 // Calls f(sample, channel, out) for every map.
