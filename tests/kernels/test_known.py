@@ -145,3 +145,22 @@ def test_faults_are_told_as_at_the_first_pass():
     layer.weight = nn.Parameter(torch.ones(4))
     with pytest.raises(RuntimeError):
         layer(torch.randn(3, 8, 6))
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_corrections_towards_stored_statistics_are_the_kernels_own(channel_dim):
+    """Unless a bound is a function of one's own, which gives tensors: by operations, and the same."""
+    x = torch.randn(4, 5, 6) * 2 + 1
+    results = []
+    for bound in (1.3, lambda step: torch.full_like(step, 1.3)):
+        layer = nl.BatchRenorm(x.shape[channel_dim], rmax=bound, dmax=0.4, channel_dim=channel_dim)
+        with torch.no_grad():
+            layer.weight.add_(torch.linspace(0, 1, layer.num_channels))
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        first = {type(n).__name__ for n, _ in y.grad_fn.next_functions if n is not None}
+        assert (first == {"AccumulateGrad"}) == (bound == 1.3)
+        grads = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+        results.append([y, *grads, layer.running_mean, layer.running_std])
+    # r and d in float64 here, there in float32: some roundings of gradients of up to 40.
+    torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)

@@ -142,8 +142,10 @@ def test_compiled_training_is_eager_training(name, options, dynamic):
             x = sample(shape, seed=seed, dtype=torch.float32).to(memory_format=form)
             fast, plain = train(compiled, layer, x), train(eager, eager, x)
             assert fast[0].stride() == plain[0].stride()
-            # ε + |ε_l|, r and d are float32 operations outside the kernels.
-            torch.testing.assert_close(fast, plain, rtol=1e-6, atol=1e-6)
+            # ε + |ε_l| is a float32 operation outside the kernels. So are r and d where compiled:
+            # a few roundings, of x̂ up to 4 and gradients of γ up to 20.
+            tolerance = 1e-5 if name == "batch_renorm" else 1e-6
+            torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance)
     assert "normlab.normalize" in seen
 
 

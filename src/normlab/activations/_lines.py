@@ -143,9 +143,9 @@ class LineNorm(Normalize):
 
             known = self._known_to_kernels(stored)
             if known is not None:
-                y, batch = kernels.known("line", x, own, middle, known, *parameters)
-                if batch is not None:
-                    measured.append(self._flat(Maps(*batch, layout.members)))
+                y, channels = kernels.known("line", x, own, middle, known, *parameters)
+                if channels is not None:
+                    measured.append(self._flat(Maps(*channels, layout.members)))
                 return y
             y, mean, variance = kernels.fused("line", x, own, middle, *parameters)
             found = Maps(mean, variance, own.members)

@@ -24,7 +24,7 @@ from normlab.core.recovery import Affine
 from normlab.core.stored import StoringLayer
 from normlab.kernels import dispatch
 from normlab.kernels.cpu import function
-from normlab.kernels.cpu.function import observed
+from normlab.kernels.cpu.function import Correction
 from normlab.kernels.dropout import dropout
 from normlab.kernels.hold import hold
 from normlab.kernels.reference import Moments, Spec, deviation, moments
@@ -329,6 +329,14 @@ class Normalize(StoringLayer):
         if measures:
             self._check_members(layout, False)
         given: Moments | None = None
+        correction = self._correction(kernels, x, layout) if renormalized else None
+        if correction is not None:
+            job = function.job_of(layout, spec, True, kernels)
+            z, used = function.apply(
+                job, x, weight, bias, threshold, eps, None, residual, correction
+            )
+            measured.append((layout, used))
+            return z
         if measures and (stored or renormalized):
             given = kernels.moments(x, layout, spec)
             measured.append((layout, given))
@@ -364,13 +372,20 @@ class Normalize(StoringLayer):
         old = [layout.from_stored(self._own(n)) for n in self.stored_names]
         sigma = deviation(given.moment, self.operation, self.eps)
         step = self._own("num_batches_tracked")
-        readable = step.is_cpu and not torch.compiler.is_compiling() and not observed()
-        r, d = self.statistics.correction(given.mean, sigma, old[0], old[1], step, readable)
-        r, d = hold(r), hold(d)  # the update below writes to the buffers that they are read from
-        if weight is not None:  # once: γ is used twice, and its gradient rounded after the sum
-            weight = weight.to(sigma.dtype)
-        shift = d if weight is None else weight * d
-        return (r if weight is None else weight * r), (shift if bias is None else bias + shift)
+        r, d = self.statistics.correction(given.mean, sigma, old[0], old[1], step)
+        # The update below writes to the buffers that they are read from.
+        return function.folded(weight, bias, hold(r), hold(d))
+
+    def _correction(self, kernels: ModuleType, x: Tensor, layout: Layout) -> Correction | None:
+        """r and d for kernels that fold them into γ and β themselves, or None."""
+        if not isinstance(self.statistics, st.Renormalized) or kernels not in dispatch.FAMILIES:
+            return None
+        old = [self._own(name) for name in self.stored_names]
+        limits = self.statistics.limits(int(self._own("num_batches_tracked")))
+        if limits is None or not kernels.corrects(x, layout, self.operation, old):
+            return None
+        mean, std = old
+        return Correction(mean, std, torch.empty_like(mean), torch.empty_like(std), *limits)
 
     def _check_members(self, layout: Layout, synchronized: bool) -> None:
         """Refuse, or warn of, areas of one member, which come out as zero whatever they held."""

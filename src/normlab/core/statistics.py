@@ -148,6 +148,19 @@ class Renormalized:
         """Names of the stored statistics."""
         return ("running_mean", "running_std")
 
+    def limits(self, step: int) -> tuple[float, float] | None:
+        """Return rmax and dmax at a step, or None where a schedule gives them as tensors.
+
+        Args:
+            step: Batches so far.
+        """
+        found = []
+        for bound in (self.rmax, self.dmax):
+            if callable(bound) and type(bound) is not Ramp:  # a subclass may have another rule
+                return None
+            found.append(bound.at(step) if isinstance(bound, Ramp) else float(bound))
+        return found[0], found[1]
+
     @torch.no_grad()
     def correction(
         self,
@@ -156,7 +169,6 @@ class Renormalized:
         old_mean: Tensor,
         old_std: Tensor,
         step: Tensor,
-        readable: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return r and d.
 
@@ -166,15 +178,11 @@ class Renormalized:
             old_mean: μ.
             old_std: σ.
             step: Batches so far, a scalar.
-            readable: Whether `step` may be read as a number, as it may not on another device or
-                where it is traced.
         """
 
         def bound(given: Schedule) -> Any:
             if not callable(given):
                 return given
-            if readable and type(given) is Ramp:  # a subclass may have another rule
-                return given.at(int(step))
             found = given(step.to(mean.dtype))
             return torch.as_tensor(found, dtype=mean.dtype, device=mean.device)
 

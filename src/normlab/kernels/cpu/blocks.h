@@ -32,6 +32,16 @@ struct Op {
   bool uses_mean() const { return shift || (scale && about_mean); }
 };
 
+// Corrections of areas that are channels, if there is a std; see call.h.
+template <class R> struct Corrections {
+  const R *mean, *std;
+  R *r, *d;
+  double rmax, dmax;
+  static double clip(double x, double least, double most) {
+    return x < least ? least : x > most ? most : x; // NaN stays
+  }
+};
+
 template <class T, class R> struct Job {
   Shape s;
   Strides xs, gs, ys;           // of x, of dy, and of y or dx
@@ -42,6 +52,7 @@ template <class T, class R> struct Job {
   double *deps;                 // one each an area, or null
   const T *r;                   // a residual, or null
   T *dr;                        // its gradient, or null
+  Corrections<R> corrections;
 };
 
 constexpr i64 TASKS = 32;       // that threads share out
@@ -182,6 +193,18 @@ template <class T, class R> void lines(const Job<T, R> &job, i64 c0, i64 areas, 
     l.mu[c] = mu, l.a[c] = a, l.tau[c] = tau[c];
     l.b[c] = R(double(beta[c]) - (rest != 0 ? rest * double(a) : 0.0)); // a may be infinite
   });
+  const Corrections<R> &to = job.corrections;
+  if (!to.std) return;
+  for (i64 c = 0; c < areas; c++) {
+    const double std = double(to.std[c0 + c]), off = mean[c] - double(to.mean[c0 + c]);
+    const R r = R(to.clip(1.0 / inverse[c] / std, 1.0 / to.rmax, to.rmax));
+    const R d = R(to.clip(off / std, -to.dmax, to.dmax)), scale = gamma[c] * r;
+    to.r[c0 + c] = r, to.d[c0 + c] = d;
+    const R a = R(double(scale) * inverse[c]);
+    const double rest = moves ? mean[c] - double(l.mu[c]) : 0.0;
+    l.a[c] = a;
+    l.b[c] = R(double(beta[c] + gamma[c] * d) - (rest != 0 ? rest * double(a) : 0.0));
+  }
 }
 
 // What the gradient needs beside the lines, from the sums of g and g (x - mu) of each channel: see

@@ -22,6 +22,12 @@ struct Call {
   void *dx, *dr; // dr is written along with dx
   void *dgamma, *dbeta, *dtau; // of the types of gamma, beta and tau
   double *deps;
+  // Corrections towards other statistics, of areas that are channels: r = clip(D / std, 1 / rmax, rmax)
+  // and d = clip((mu - mean) / std, -dmax, dmax), where gamma r stands for gamma and beta + gamma d for
+  // beta. Written forward, where there are a mean and a std, and read backward.
+  const void *old_mean, *old_std;
+  void *corr_r, *corr_d;
+  double rmax, dmax;
 };
 
 namespace {
@@ -44,7 +50,16 @@ public:
   const R *gamma, *beta, *tau;
   explicit Affine(const Call &k)
       : room(std::size_t(3 * k.c)), gamma(of(k, GAMMA, k.gamma, R(1), 0)),
-        beta(of(k, BETA, k.beta, R(0), 1)), tau(of(k, TAU, k.tau, R(0), 2)) {}
+        beta(of(k, BETA, k.beta, R(0), 1)), tau(of(k, TAU, k.tau, R(0), 2)) {
+    if (!k.corr_r || k.old_std) return;
+    const R *r = static_cast<const R *>(k.corr_r), *d = static_cast<const R *>(k.corr_d);
+    R *a = room.data(), *b = a + k.c;
+    for (i64 c = 0; c < k.c; c++) {
+      const R scale = gamma[c];
+      a[c] = scale * r[c], b[c] = beta[c] + scale * d[c];
+    }
+    gamma = a, beta = b;
+  }
   Affine(const Affine &) = delete;
 };
 

@@ -23,19 +23,28 @@ from normlab.kernels.cpu.function import (
     ACTIVATIONS,
     DTYPES,
     WIDE,
+    Correction,
     Gradients,
     Job,
     Parameters,
     flat,
     job_of,
 )
-from normlab.kernels.cpu.library import OF_GRADIENTS, OF_ONE_CALL, Call, load, ready
+from normlab.kernels.cpu.library import (
+    OF_CORRECTIONS,
+    OF_GRADIENTS,
+    OF_ONE_CALL,
+    Call,
+    load,
+    ready,
+)
 from normlab.kernels.reference import Moments, Spec
 
 ADDS = True
 """A residual is added in the same pass."""
 _FAMILY = sys.modules[__name__]
-_NO_GRADIENTS = OF_GRADIENTS(*[0] * 7)
+_NO_CORRECTIONS = OF_CORRECTIONS(*[0] * 6)
+_NO_MORE = OF_GRADIENTS(*[0] * 7) + _NO_CORRECTIONS
 # What only areas that are blocks have, and second moments; see `Spec`.
 _GATED: dict[str | None, int] = {"gated": 8}
 _NUMBERS = {**ACTIVATIONS, **_GATED}
@@ -97,6 +106,29 @@ def supports(
         function.covered(covers, layout, operation, activation)
         and load()[0] is not None
         and function.readable(x, layout.lengths[1], parameters, buffers)
+    )
+
+
+def corrects(x: Tensor, layout: Layout, operation: Operation, towards: Sequence[Tensor]) -> bool:
+    """Whether a case that `supports` allows takes a `Correction`.
+
+    Args:
+        x: The input.
+        layout: Π bound to its shape.
+        operation: Φ.
+        towards: The mean and deviation that statistics are corrected towards, plain tensors.
+
+    Returns:
+        Whether areas are channels, with a mean and a second moment, of the dtype of statistics.
+    """
+    n, c, _ = layout.lengths
+    return (
+        layout.blocks == (n, 1)
+        and _second(operation)
+        and operation.shift
+        and operation.p is not None
+        and all(t.dtype is WIDE[x.dtype] and t.shape == (c,) for t in towards)
+        and all(t.is_contiguous() for t in towards)
     )
 
 
@@ -282,6 +314,7 @@ def _addresses(*tensors: Tensor | None) -> list[int]:
 def forward(
     job: Job, x: Tensor, weight: Tensor | None, bias: Tensor | None, threshold: Tensor | None,
     eps: float, mean: Tensor | None, moment: Tensor | None, residual: Tensor | None = None,
+    correction: Correction | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The forward pass of the kernels.
 
@@ -295,6 +328,7 @@ def forward(
         mean: Statistics to use; where there are none at all, those of x are measured.
         moment: Likewise.
         residual: r, in any order of memory.
+        correction: Of γ and β, in a case that `corrects` allows; its r and d are written.
 
     Returns:
         y, and the statistics used, in the shape of the job.
@@ -314,14 +348,18 @@ def forward(
     if residual is not None:
         residual = _along(job, record, y, residual)
     given = _addresses(x, *parameters, mean, moment, residual, y)
-    _run(record.forward, record, head, OF_ONE_CALL(eps, flags | measure, *given), _NO_GRADIENTS)
+    more = _NO_MORE
+    if correction is not None:
+        towards = OF_CORRECTIONS(*_addresses(*correction[:4]), *correction[4:])
+        more = more[: -len(towards)] + towards
+    _run(record.forward, record, head, OF_ONE_CALL(eps, flags | measure, *given), more)
     return y, mean, moment
 
 
 def backward(
     job: Job, needs: Sequence[bool], dy: Tensor, x: Tensor, weight: Tensor | None,
     bias: Tensor | None, threshold: Tensor | None, eps: float, mean: Tensor | None,
-    moment: Tensor | None, residual: Tensor | None = None,
+    moment: Tensor | None, residual: Tensor | None = None, corrected: Sequence[Tensor] = (),
 ) -> Gradients:  # fmt: skip
     """The backward pass of the kernels.
 
@@ -337,6 +375,7 @@ def backward(
         mean: As `forward` returned it.
         moment: Likewise.
         residual: r; None too where no activation follows: its gradient then is dy.
+        corrected: r and d of the correction of `forward`, if there was one.
 
     Returns:
         Gradients of x, γ, β, τ, ε and r.
@@ -364,7 +403,10 @@ def backward(
     areas = x.new_empty(job.shape, dtype=torch.float64) if needs[4] else None
     given = _addresses(x, *parameters, mean, moment, residual, None)
     found = _addresses(dy, dx, dr, *slopes, areas)
-    _run(record.backward, record, head, OF_ONE_CALL(eps, flags, *given), OF_GRADIENTS(*found))
+    more = _NO_CORRECTIONS
+    if corrected:
+        more = OF_CORRECTIONS(0, 0, *_addresses(*corrected), 0, 0)
+    _run(record.backward, record, head, OF_ONE_CALL(eps, flags, *given), OF_GRADIENTS(*found), more)
     if parameters is not own:
         slopes = [
             total if p is None or total is None else total.to(p.dtype)
@@ -390,7 +432,7 @@ def moments(x: Tensor, layout: Layout, spec: Spec) -> Moments:
     record = _record(job, x)
     mean, moment = _room(record)
     given = _addresses(x, None, None, None, mean, moment, None, None)
-    _run(record.forward, record, record.head, OF_ONE_CALL(0.0, True, *given), _NO_GRADIENTS)
+    _run(record.forward, record, record.head, OF_ONE_CALL(0.0, True, *given), _NO_MORE)
     return Moments(mean, moment, layout.members)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,28 @@ class Job:
         self.layout, self.spec, self.from_batch, self.family = layout, spec, from_batch, family
         self.shape = tuple(1 if i in spec.dims else n for i, n in enumerate(layout.split_shape))
         self.records: dict[Any, Any] = {}
+
+
+class Correction(NamedTuple):
+    """γ·r for γ and β + γ·d for β, r = clip(σ_B/σ, 1/rmax, rmax) and d = clip((μ_B − μ)/σ, ±dmax).
+
+    σ_B includes ε; r and d are constants to gradients. Of areas that are channels.
+
+    Attributes:
+        mean: μ, (C,).
+        std: σ.
+        r: Room for r.
+        d: Room for d.
+        rmax: Bound on r.
+        dmax: Bound on d.
+    """
+
+    mean: Tensor
+    std: Tensor
+    r: Tensor
+    d: Tensor
+    rmax: float
+    dmax: float
 
 
 class Memo(dict[Any, Any]):
@@ -229,16 +251,22 @@ def derivatives(
 def _forward(
     job: Job, x: Tensor, weight: Tensor | None, bias: Tensor | None, threshold: Tensor | None,
     eps: Tensor | float, given: list[Tensor | None], residual: Tensor | None,
+    correction: Correction | None,
 ) -> Tensor:  # fmt: skip
     """y; statistics are those given, or put there."""
-    more = () if residual is None else (residual,)  # which not every family takes
+    more: tuple[Any, ...] = () if residual is None else (residual,)  # which not every family takes
+    if correction is not None:
+        more = (residual, correction)
     y: Tensor
     y, given[0], given[1] = job.family.forward(job, x, weight, bias, threshold, eps, *given, *more)
     return y
 
 
 class _Normalize(torch.autograd.Function):
-    """(x, γ, β, τ, ε, r, (job, number, statistics)) → y; statistics given or put there."""
+    """(x, γ, β, τ, ε, r, (job, number, statistics, correction)) → y.
+
+    Statistics are given or put there.
+    """
 
     @staticmethod
     def forward(
@@ -249,14 +277,15 @@ class _Normalize(torch.autograd.Function):
         threshold: Tensor | None,
         eps: Tensor | None,
         residual: Tensor | None,
-        call: tuple[Job, Tensor | float, list[Tensor | None]],
+        call: tuple[Job, Tensor | float, list[Tensor | None], Correction | None],
     ) -> Tensor:
-        job, number, given = call
-        y = _forward(job, x, weight, bias, threshold, number, given, residual)
+        job, number, given, correction = call
+        y = _forward(job, x, weight, bias, threshold, number, given, residual, correction)
         ctx.call = (job, number)
         # Without an activation the gradient does not depend on r.
         residual = residual if job.spec.activation else None
-        ctx.save_for_backward(x, weight, bias, threshold, eps, residual, *given)
+        corrected = () if correction is None else (correction.r, correction.d)
+        ctx.save_for_backward(x, weight, bias, threshold, eps, residual, *given, *corrected)
         ctx.set_materialize_grads(False)
         return y
 
@@ -265,14 +294,17 @@ class _Normalize(torch.autograd.Function):
         dy = grads[0]
         if dy is None:
             return (None,) * 7
-        x, weight, bias, threshold, eps, residual, mean, moment = ctx.saved_tensors
+        x, weight, bias, threshold, eps, residual, mean, moment, *corrected = ctx.saved_tensors
         (job, number), needs = ctx.call, ctx.needs_input_grad
         if torch.is_grad_enabled() or not direct(dy):
             inputs = (x, weight, bias, threshold, eps, residual)
-            return *differentiable(job, needs, dy, inputs, number, mean, moment), None
+            found = differentiable(job, needs, dy, inputs, number, mean, moment, corrected)
+            return *found, None
         # Hooks on saved tensors may have changed the order of statistics.
         mean, moment = flat(mean, WIDE[x.dtype]), flat(moment, WIDE[x.dtype])
-        more = () if residual is None else (residual,)
+        more: tuple[Any, ...] = () if residual is None else (residual,)
+        if corrected:
+            more = (residual, [t.contiguous() for t in corrected])
         dx, dweight, dbias, dthreshold, deps, dr = job.family.backward(
             job, needs, dy, x, weight, bias, threshold, number, mean, moment, *more
         )
@@ -292,6 +324,7 @@ def differentiable(
     number: Tensor | float,
     mean: Tensor | None,
     moment: Tensor | None,
+    corrected: Sequence[Tensor] = (),
 ) -> Gradients:
     """The gradient by torch operations, which autograd and transforms can differentiate.
 
@@ -303,24 +336,48 @@ def differentiable(
         number: ε where it is not among them.
         mean: The statistics that were used.
         moment: Likewise.
+        corrected: r and d of a `Correction`, if there was one.
 
     Returns:
         Gradients of `given`.
     """
 
     def formula(*inputs: Tensor | None) -> Tensor:
-        return _by_operations(job, inputs, number, mean, moment)
+        return _by_operations(job, inputs, number, mean, moment, corrected)
 
     dx, dweight, dbias, dthreshold, deps, dr = derivatives(formula, given, needs, dy)
     return dx, dweight, dbias, dthreshold, deps, dy if needs[5] and given[5] is None else dr
 
 
+def folded(
+    weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor
+) -> tuple[Tensor, Tensor]:
+    """γ·r and β + γ·d: γ·(x̂·r + d) + β = (γ·r)·x̂ + (β + γ·d).
+
+    Args:
+        weight: γ, or None.
+        bias: β, or None.
+        r: The factor, of the shape of γ and β.
+        d: The shift.
+
+    Returns:
+        What stands for γ and β.
+    """
+    if weight is not None:  # once: γ is used twice, and its gradient rounded after the sum
+        weight = weight.to(r.dtype)
+    shift = d if weight is None else weight * d
+    return (r if weight is None else weight * r), (shift if bias is None else bias + shift)
+
+
 def _by_operations(
-    job: Job, inputs: Parameters, number: Tensor | float, mean: Tensor | None, moment: Tensor | None
-) -> Tensor:
+    job: Job, inputs: Parameters, number: Tensor | float, mean: Tensor | None,
+    moment: Tensor | None, corrected: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
     """The same function in torch operations."""
     x, weight, bias, threshold, eps, residual = inputs
     assert x is not None
+    if corrected:
+        weight, bias = folded(weight, bias, *corrected)
     layout, spec = job.layout, job.spec
     # Stored statistics stand here once for each area, where `closed_form` takes them once in all;
     # nor has that a gate.
@@ -379,6 +436,7 @@ def apply(
     eps: Tensor | float,
     given: Moments | None = None,
     residual: Tensor | None = None,
+    correction: Correction | None = None,
 ) -> tuple[Tensor, Moments]:
     """`normalize` in a case that is known already.
 
@@ -391,6 +449,7 @@ def apply(
         eps: ε, a tensor where it is learned.
         given: Statistics to use; None to measure those of x.
         residual: r, of the shape and dtype of x, if the family adds one.
+        correction: Of γ and β, if the family has one.
 
     Returns:
         y, in the dtype and memory order of x, and the statistics used.
@@ -403,10 +462,11 @@ def apply(
     x = job.family.place(job, x)
     used: list[Tensor | None] = [None, None] if given is None else [given.mean, given.moment]
     if not torch.is_grad_enabled():
-        y = _forward(job, x, weight, bias, threshold, number, used, residual)
+        y = _forward(job, x, weight, bias, threshold, number, used, residual, correction)
     else:
         # The apply of Python looks for tensors left over from transforms, as slowly as a kernel
         # runs; of these, only a learned ε may be one.
         call = _Normalize.apply if learned is not None and _LEFT_OVER(learned) else _apply
-        y = call(x, weight, bias, threshold, learned, residual, (job, number, used))  # type: ignore[no-untyped-call]
+        more = (job, number, used, correction)
+        y = call(x, weight, bias, threshold, learned, residual, more)  # type: ignore[no-untyped-call]
     return y, Moments(used[0], used[1], job.layout.members)

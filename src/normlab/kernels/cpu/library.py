@@ -36,7 +36,10 @@ OF_ONE_CALL = struct.Struct("dq8P").pack
 """The second part: ε; flags, 1 to measure, and 2, 4, 8 where γ, β, τ are bfloat16 beside statistics
 in float32; and addresses of x, γ, β, τ, the mean, the moment, r and y, 0 for what there is not."""
 OF_GRADIENTS = struct.Struct("7P").pack
-"""The last part: addresses of ∂L/∂y, and of the gradients of x, r, γ, β, τ and ε."""
+"""The third part: addresses of ∂L/∂y, and of the gradients of x, r, γ, β, τ and ε."""
+OF_CORRECTIONS = struct.Struct("4P2d").pack
+"""The last part: addresses of the mean and deviation that statistics are corrected towards, of r
+and of d; rmax and dmax."""
 
 
 @lru_cache(maxsize=1)

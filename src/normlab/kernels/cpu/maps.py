@@ -6,8 +6,9 @@ means and variances of maps, it is
     moments → a function of a few N × C numbers → y = f(x; its results),
 
 of which the ends, which pass over x, are compiled, and the middle is a few torch operations, or
-compiled too where it is one of two that kernels know. The backward pass sums the gradients of f's coefficients over each map, pulls these back through the
-middle to the moments and the parameters, and writes
+compiled too where it is one of two that kernels know. The backward pass sums the gradients of f's
+coefficients over each map, pulls these back through the middle to the moments and the parameters,
+and writes
 
     ∂L/∂x = ∂L/∂y · f'(x) + (x − μ) · 2·∂L/∂σ²/m + ∂L/∂μ/m.
 
@@ -42,6 +43,7 @@ _MOMENTS = Standardize(eps=0.0)
 Middle = Callable[..., Sequence[Tensor]]
 """(μ, σ², *parameters) → coefficients, (N, C) or broadcast to it; μ and σ² are (N, C)."""
 
+
 class Known(NamedTuple):
     """What kernels need of a middle that they know, beside its parameters.
 
@@ -61,7 +63,6 @@ class Known(NamedTuple):
     correction: float = 1.0
     stored: tuple[Tensor | None, Tensor] | None = None
     measures: bool = False
-
 
 
 class Job(NamedTuple):
@@ -170,9 +171,7 @@ def _along(dy: Tensor, x: Tensor, layout: Layout, columns: bool) -> Tensor:
     return dy
 
 
-def _call(
-    job: Job, x: Tensor, columns: bool, out: Tensor | None, dy: Tensor | None
-) -> _Call:
+def _call(job: Job, x: Tensor, columns: bool, out: Tensor | None, dy: Tensor | None) -> _Call:
     """What is over all maps."""
     walks = (_walk(t, job.layout, columns) for t in (x, dy, out))
     number = _CURVES[job.curve][0]
@@ -416,8 +415,7 @@ def _through(
     ]
     order = sum(part << 2 * k for k, part in enumerate(known.order))
     middle = _Middle(_CURVES[job.curve][0], order, narrow, known.eps, known.correction)
-    stored = (None, None) if known.stored is None else known.stored
-    stored = [function.flat(t, wide) for t in stored]
+    stored = [function.flat(t, wide) for t in known.stored or (None, None)]
     _address(middle, mean=mean, variance=variance, **dict(zip(names, read, strict=True)))
     _address(middle, stored_mean=stored[0], stored_variance=stored[1])
     _address(middle, **{f"d{name}": t for name, t in zip(names, slopes, strict=True)})
@@ -455,8 +453,10 @@ def known(
     shapes += [channels] * 2
     stored = () if of.stored is None else of.stored
     fits = all(p is None or p.shape == (n,) for p, n in zip(parameters, shapes, strict=True))
-    if torch.compiler.is_compiling() or not fits or not all(
-        t is None or (function.plain(t) and t.numel() == channels) for t in stored
+    if (
+        torch.compiler.is_compiling()
+        or not fits
+        or not all(t is None or (function.plain(t) and t.numel() == channels) for t in stored)
     ):
         y, mean, variance = fused(curve, x, layout, middle, *parameters)
         return y, merged(mean, variance, 0) if of.measures else None

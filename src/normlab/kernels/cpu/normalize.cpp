@@ -401,7 +401,9 @@ template <class T, class R> Job<T, R> job_of(const Call &k, const Affine<R> &aff
   Op op{k.shift != 0, k.about_mean != 0, k.scale != 0, k.from_batch != 0, k.act == GATED, k.eps};
   return {s, xs, gs, ys, op, static_cast<const T *>(k.x), static_cast<R *>(k.mean),
           static_cast<R *>(k.moment), affine.gamma, affine.beta, affine.tau, k.deps,
-          static_cast<const T *>(k.r), static_cast<T *>(k.dr)};
+          static_cast<const T *>(k.r), static_cast<T *>(k.dr),
+          {static_cast<const R *>(k.old_mean), static_cast<const R *>(k.old_std),
+           static_cast<R *>(k.corr_r), static_cast<R *>(k.corr_d), k.rmax, k.dmax}};
 }
 
 template <int A, class T> void forward(const Call &k) {
@@ -424,7 +426,17 @@ template <int A, class T> void backward(const Call &k) {
   const auto finish = [&](int kind, Flag which, void *into) {
     if (into) give<R>(k, which, totals.sum(kind), into);
   };
-  finish(0, BETA, k.dbeta), finish(1, GAMMA, k.dgamma), finish(2, TAU, k.dtau);
+  finish(0, BETA, k.dbeta);
+  if (!k.corr_r) {
+    finish(1, GAMMA, k.dgamma);
+  } else if (k.dgamma) { // of gamma (x r + d) + beta; the sum for beta has been taken, if it is wanted
+    const double *shift = k.dbeta ? totals.part.data() : totals.sum(0), *scale = totals.sum(1);
+    const R *r = static_cast<const R *>(k.corr_r), *d = static_cast<const R *>(k.corr_d);
+    std::vector<double> found(std::size_t(k.c));
+    for (i64 c = 0; c < k.c; c++) found[c] = scale[c] * double(r[c]) + shift[c] * double(d[c]);
+    give<R>(k, GAMMA, found.data(), k.dgamma);
+  }
+  finish(2, TAU, k.dtau);
 }
 
 // f(activation, element), as `chosen`, which has what all kernels have.
