@@ -149,7 +149,7 @@ def test_faults_are_told_as_at_the_first_pass():
 
 @pytest.mark.parametrize("channel_dim", [1, -1])
 def test_corrections_towards_stored_statistics_are_the_kernels_own(channel_dim):
-    """Unless a bound is a function of one's own, which gives tensors: by operations, and the same."""
+    """Unless a bound is a function, which gives tensors: then by operations, and the same."""
     x = torch.randn(4, 5, 6) * 2 + 1
     results = []
     for bound in (1.3, lambda step: torch.full_like(step, 1.3)):
