@@ -94,7 +94,14 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
   if (!gated && r() % 2) k.r = add, k.dr = r() % 8 ? dr : nullptr;
   k.dgamma = r() % 4 ? s0 : nullptr, k.dbeta = r() % 4 ? s1 : nullptr, k.dtau = s2;
   k.deps = r() % 2 ? s3 : nullptr;
-  int failed = FORWARD(&k, dtype) | BACKWARD(&k, dtype);
+  const bool corrects = k.bn == k.n && k.bc == 1 && r() % 2 && !gated; // areas are channels
+  R *old[] = {room<R>(r, k.c), room<R>(r, k.c, true), room<R>(r, k.c), room<R>(r, k.c)};
+  if (corrects) k.old_mean = old[0], k.old_std = old[1], k.corr_r = old[2], k.corr_d = old[3];
+  k.rmax = 1.5, k.dmax = 0.5;
+  int failed = FORWARD(&k, dtype);
+  k.old_mean = k.old_std = nullptr;
+  failed |= BACKWARD(&k, dtype);
+  for (R *p : old) std::free(p);
   for (void *p : {(void *)x, (void *)dy, (void *)y, (void *)dx, (void *)gamma, (void *)beta,
                   (void *)tau, (void *)mean, (void *)moment, (void *)s0, (void *)s1, (void *)s2,
                   (void *)s3, (void *)add, (void *)dr})
@@ -174,9 +181,30 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
   m.out = y, failed |= normlab_maps(&m, 0, dtype), m.out = nullptr;
   m.sums = sums, failed |= normlab_maps(&m, 1, dtype), m.sums = nullptr;
   m.out = dx, m.k = in, m.h = h, failed |= normlab_maps(&m, 2, dtype);
-  for (void *p : {(void *)x, (void *)dy, (void *)y, (void *)dx, (void *)mean, (void *)a, (void *)b,
-                  (void *)v, (void *)d, (void *)s, (void *)in, (void *)h, (void *)sums})
-    std::free(p);
+  // With a middle between moments and coefficients.
+  Middle q{};
+  q.kind = m.curve, q.eps = 1e-5, q.correction = 1.1, q.narrow = sizeof(R) == 4 && r() % 2;
+  const i64 parts = q.kind == 0 ? i64(1 + r() % 3) : 1;
+  for (i64 i = 0, first = i64(r() % 3); i < parts; i++) q.order |= (1 + (first + i) % 3) << (2 * i);
+  std::vector<void *> rooms;
+  auto numbers = [&](i64 count, bool there) -> void * {
+    if (!there) return nullptr;
+    rooms.push_back(q.narrow ? static_cast<void *>(room<bf16>(r, count)) : room<R>(r, count));
+    return rooms.back();
+  };
+  R *batch = room<R>(r, m.c), *spread = room<R>(r, m.c), *kept = room<R>(r, m.c, true);
+  q.mean = mean, q.variance = d;
+  if (r() % 3 == 0) q.stored_variance = kept, q.stored_mean = q.kind == 0 ? a : nullptr;
+  if (r() % 2) q.batch_mean = batch, q.batch_variance = spread;
+  q.gamma = numbers(m.c, r() % 3), q.beta = numbers(m.c, r() % 3), q.v = numbers(m.c, q.kind);
+  q.mean_logits = numbers(parts, true), q.variance_logits = numbers(parts, true);
+  m.out = y, m.dy = nullptr, failed |= normlab_middle(&q, &m, 0, dtype);
+  q.batch_mean = q.batch_variance = nullptr;
+  q.dgamma = numbers(m.c, r() % 3), q.dbeta = numbers(m.c, r() % 3), q.dv = numbers(m.c, r() % 3);
+  q.dmean_logits = numbers(parts, r() % 3), q.dvariance_logits = numbers(parts, r() % 3);
+  m.out = r() % 8 ? dx : nullptr, m.dy = dy, failed |= normlab_middle(&q, &m, 1, dtype);
+  rooms.insert(rooms.end(), {x, dy, y, dx, mean, a, b, v, d, s, in, h, sums, batch, spread, kept});
+  for (void *p : rooms) std::free(p);
   return failed;
 }
 
@@ -187,6 +215,9 @@ int main() {
   for (int i = 0; i < 250; i++)
     if (once<float, float>(r, 0) | once<double, double>(r, 1) | once<bf16, float>(r, 2)) return 3;
   Maps none{};
+  Middle other{};
+  other.kind = 9;
+  if (normlab_middle(&other, &none, 0, 0) != 1) return 4;
   return normlab_maps(&none, 0, 9) == 1 && normlab_maps(&none, 9, 0) == 1 ? 0 : 4;
 }
 """

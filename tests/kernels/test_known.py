@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import normlab as nl
-from normlab.core.operation import Standardize
+from normlab.core.operation import Scale, Standardize
+from normlab.core.partition import partition
 from normlab.core.recovery import Affine
+from normlab.core.statistics import Current, Renormalized
 from normlab.kernels import dispatch
 from normlab.kernels.cpu import call, function
 
@@ -52,7 +54,9 @@ def test_it_is_asked_once_a_shape_and_order_of_memory(asked):
 
 
 CHANGES = {
-    "operation": lambda m: setattr(m, "operation", Standardize(eps=2.0)),
+    "operation": lambda m: setattr(m, "operation", Scale(eps=2.0)),
+    "statistics": lambda m: setattr(m, "statistics", Current(reduce=lambda t: 2 * t)),
+    "partition": lambda m: setattr(m, "partition", partition("n (g c) * -> (g c) (n *)")),
     "recovery": lambda m: setattr(m, "recovery", Affine(activation="relu")),
     "groups": lambda m: setattr(m, "groups", 4),
     "weight": lambda m: setattr(m, "weight", nn.Parameter(torch.rand(8))),
@@ -147,20 +151,83 @@ def test_faults_are_told_as_at_the_first_pass():
         layer(torch.randn(3, 8, 6))
 
 
+def test_axes_hold_from_the_next_pass():
+    layer, x = nl.GroupNorm(2, 8), torch.randn(4, 8, 8)
+    layer(x)
+    layer.channel_dim = -1
+    equal(layer, nl.GroupNorm(2, 8, channel_dim=-1), x)
+    ghosts = nl.GhostBatchNorm(8, batch_size=4)
+    ghosts(x)
+    ghosts.batch_size = 2
+    equal(ghosts, nl.GhostBatchNorm(8, batch_size=2), x)
+
+
+def test_parameters_are_asked_for_once_a_pass():
+    """A parametrization may draw: recomputed activations would meet other weights."""
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.count = 0
+
+        def forward(self, w):
+            self.count += 1
+            return w * 1
+
+    for layer in (nl.GroupNorm(2, 8), nl.BatchNorm(8), nl.BatchRenorm(8)):
+        counted = Counted()
+        parametrize.register_parametrization(layer, "weight", counted)
+        counted.count = 0
+        for mode in (True, True, False, False):
+            layer.train(mode)(torch.randn(3, 8, 5))
+        assert counted.count == 4
+
+
+def bounded(name, value):
+    """A bound as a number, and as a function, which gives a tensor."""
+    return {name: value}, {name: lambda step: torch.full_like(step, value)}
+
+
 @pytest.mark.parametrize("channel_dim", [1, -1])
-def test_corrections_towards_stored_statistics_are_the_kernels_own(channel_dim):
+@pytest.mark.parametrize("parts", [(True, True), (True, False), (False, True), (False, False)])
+def test_corrections_towards_stored_statistics_are_the_kernels_own(parts, channel_dim):
     """Unless a bound is a function, which gives tensors: then by operations, and the same."""
-    x = torch.randn(4, 5, 6) * 2 + 1
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 6, 6, dtype=torch.float64, generator=g) * 1.2 + 0.2
+    near = x.movedim(channel_dim, 0).flatten(1).mean(1)
+    near = near + torch.linspace(-0.6, 0.6, 6)  # bounds that some channels meet and others do not
     results = []
-    for bound in (1.3, lambda step: torch.full_like(step, 1.3)):
-        layer = nl.BatchRenorm(x.shape[channel_dim], rmax=bound, dmax=0.4, channel_dim=channel_dim)
+    for rmax, dmax in zip(bounded("rmax", 1.25), bounded("dmax", 0.3), strict=True):
+        layer = nl.Normalize(
+            6,
+            "n c * -> c (n *)",
+            operation=Standardize(),
+            statistics=Renormalized(**rmax, **dmax),
+            recovery=Affine(*parts, activation="silu"),
+            channel_dim=channel_dim,
+        ).double()
         with torch.no_grad():
-            layer.weight.add_(torch.linspace(0, 1, layer.num_channels))
-        x = x.detach().requires_grad_()
-        y = layer(x)
-        first = {type(n).__name__ for n, _ in y.grad_fn.next_functions if n is not None}
-        assert (first == {"AccumulateGrad"}) == (bound == 1.3)
-        grads = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
-        results.append([y, *grads, layer.running_mean, layer.running_std])
-    # r and d in float64 here, there in float32: some roundings of gradients of up to 40.
-    torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
+            for p in layer.parameters():
+                p.add_(torch.linspace(0, 1, 6))
+            layer.running_mean.copy_(near)
+        x, r = (t.detach().requires_grad_() for t in (x, x.flip(0)))
+        y = layer(x, residual=r)
+        own = {type(n).__name__ for n, _ in y.grad_fn.next_functions if n is not None}
+        assert (own == {"AccumulateGrad"}) == (not callable(rmax["rmax"])) or not any(parts)
+        wanted = [x, r, *layer.parameters()]
+        first = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+        results.append([y, *first, *second, layer.running_mean, layer.running_std])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)  # float64, sums of 24 terms
+
+
+def test_a_correction_of_ones_own_is_heeded():
+    class Plain(Renormalized):
+        def correction(self, mean, deviation, old_mean, old_std, step):
+            return torch.ones_like(mean), torch.zeros_like(mean)
+
+    layer, x = nl.BatchRenorm(5, rmax=3.0, dmax=5.0), torch.randn(4, 5, 6)
+    with torch.no_grad():
+        layer.running_mean.add_(5)
+    layer.statistics = Plain(3.0, 5.0)
+    equal(layer, nl.BatchNorm(5), x)

@@ -55,6 +55,7 @@ def ours(abi=library.ABI):
         "int normlab_units(void *c, int d, int b) { return 0; }"
         "int normlab_rewrite(void *c, int d) { return 0; }"
         "int normlab_maps(void *c, int p, int d) { return 0; }"
+        "int normlab_middle(void *m, void *c, int b, int d) { return 0; }"
         "int normlab_blend(void *c, int d) { return 0; }"
         "void normlab_stream_from(long long b) {}"
     )

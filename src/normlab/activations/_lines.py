@@ -143,10 +143,12 @@ class LineNorm(Normalize):
 
             known = self._known_to_kernels(stored)
             if known is not None:
-                y, channels = kernels.known("line", x, own, middle, known, *parameters)
-                if channels is not None:
-                    measured.append(self._flat(Maps(*channels, layout.members)))
-                return y
+                whole = kernels.known("line", x, own, middle, known, *parameters)
+                if whole is not None:
+                    y, channels = whole
+                    if channels is not None:
+                        measured.append(self._flat(Maps(*channels, layout.members)))
+                    return y
             y, mean, variance = kernels.fused("line", x, own, middle, *parameters)
             found = Maps(mean, variance, own.members)
         else:

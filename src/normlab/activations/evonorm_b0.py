@@ -150,8 +150,13 @@ class EvoNormB0(StoringLayer):
             stored=None if stored is None else (None, stored),
             measures=self._updates,
         )
-        y, batch = maps.known("larger", x, own, middle, known, v, self.weight, self.bias)
-        if batch is not None:
+        given = (v, self.weight, self.bias)
+        whole = maps.known("larger", x, own, middle, known, *given)
+        if whole is None:
+            y, *moments = maps.fused("larger", x, own, middle, *given)
+            whole = y, maps.merged(moments[0], moments[1], 0)
+        y, batch = whole
+        if batch is not None and self._measures:
             mean, moment = (layout.from_stored(t.view(-1)) for t in batch)
             self._maybe_update([(layout, Moments(mean, moment, layout.members))])
         return y

@@ -123,9 +123,10 @@ class SwitchableNorm(MixedMoments):
         return logits.softmax(0)
 
     def _known_to_kernels(self, stored: Maps | None) -> Known | None:
-        own = type(self)
-        if own._shares is not SwitchableNorm._shares or own._line is not MixedMoments._line:
-            return None
+        # A subclass may have other rules, which kernels do not know.
+        for name in ("_shares", "_line", "_batch"):
+            if getattr(type(self), name) is not getattr(SwitchableNorm, name):
+                return None
         order = tuple(_NUMBERS[part] for part in self.over)
         kept = None if stored is None else (stored.mean, stored.variance)
         return Known(float(self.eps), order, stored=kept, measures=self._updates)

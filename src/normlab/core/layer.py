@@ -249,15 +249,16 @@ class Normalize(StoringLayer):
         residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """`_normalize`, with a residual."""
+        # Once: a parametrization may draw, or count how often it is asked.
+        affine = (self._own("weight"), self._own("bias"), self.threshold)
         if mask is None and residual is None and not torch.compiler.is_compiling():
-            y = self._again(x, measured)
+            y = self._again(x, affine, measured)
             if y is not None:
                 return y
         measures = self._measures
         sizes = self._sizes(x.shape[0], ghosts=measures)
         layout = self.partition.bind(x.shape, channel_dim=self.channel_dim, sizes=sizes)
         if mask is None and self._compilable:
-            affine = (self._own("weight"), self._own("bias"), self.threshold)
             # What only waits for an update, which looks for itself, the kernels do not read.
             reads = self._uses_stored or isinstance(self.statistics, st.Renormalized)
             buffers = self._buffers.values() if reads else ()
@@ -269,8 +270,7 @@ class Normalize(StoringLayer):
         view = layout.split(x)
         mask = None if mask is None else layout.per_position(mask)
         weight, bias, threshold, slope = [
-            None if p is None else layout.per_channel(p)
-            for p in (self.weight, self.bias, self.threshold, self.slope)
+            None if p is None else layout.per_channel(p) for p in (*affine, self.slope)
         ]
         eps, reduce = self.eps, self.statistics.reduce
         from_batch = not self._uses_stored
@@ -291,16 +291,21 @@ class Normalize(StoringLayer):
         )  # fmt: skip
         return layout.join(y)
 
-    def _again(self, x: Tensor, measured: list[tuple[Layout, Moments]]) -> Tensor | None:
+    def _again(
+        self, x: Tensor, affine: tuple[Tensor | None, ...],
+        measured: list[tuple[Layout, Moments]],
+    ) -> Tensor | None:  # fmt: skip
         """A pass by what an earlier one on such a tensor found to compute it, if that holds."""
-        affine = (self._own("weight"), self._own("bias"), self.threshold)
-        if self._uses_stored or not function.readable(x, self.num_channels, affine, ()):
+        if not self._jobs or self._uses_stored:
+            return None
+        if not function.readable(x, self.num_channels, affine, ()):
             return None
         found: tuple[object, function.Job] | None
         found = self._jobs.get((x.shape, x.stride(), x.dtype))
         if found is None or found[0] != self._options():
             return None
-        y, used = function.apply(found[1], x, *affine, self.eps)
+        weight, bias, threshold = affine
+        y, used = function.apply(found[1], x, weight, bias, threshold, self.eps)
         measured.append((found[1].layout, used))
         return y
 
@@ -378,7 +383,8 @@ class Normalize(StoringLayer):
 
     def _correction(self, kernels: ModuleType, x: Tensor, layout: Layout) -> Correction | None:
         """r and d for kernels that fold them into γ and β themselves, or None."""
-        if not isinstance(self.statistics, st.Renormalized) or kernels not in dispatch.FAMILIES:
+        assert isinstance(self.statistics, st.Renormalized)
+        if kernels not in dispatch.FAMILIES:
             return None
         old = [self._own(name) for name in self.stored_names]
         limits = self.statistics.limits(int(self._own("num_batches_tracked")))

@@ -149,14 +149,16 @@ class Renormalized:
         return ("running_mean", "running_std")
 
     def limits(self, step: int) -> tuple[float, float] | None:
-        """Return rmax and dmax at a step, or None where a schedule gives them as tensors.
+        """Return rmax and dmax at a step, or None where they are not numbers, or not all there is.
 
         Args:
             step: Batches so far.
         """
         found = []
+        if type(self).correction is not Renormalized.correction:  # a subclass has another rule
+            return None
         for bound in (self.rmax, self.dmax):
-            if callable(bound) and type(bound) is not Ramp:  # a subclass may have another rule
+            if callable(bound) and type(bound) is not Ramp:
                 return None
             found.append(bound.at(step) if isinstance(bound, Ramp) else float(bound))
         return found[0], found[1]

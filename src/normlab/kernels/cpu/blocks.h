@@ -187,24 +187,23 @@ template <class T, class R> void lines(const Job<T, R> &job, i64 c0, i64 areas, 
   const R *gamma = job.gamma + c0, *beta = job.beta + c0, *tau = job.tau + c0;
   const double *mean = room.mean, *inverse = room.inverse;
   const bool moves = job.op.shift;
+  const Corrections<R> &to = job.corrections;
+  if (to.std) { // areas are channels
+    for (i64 c = 0; c < areas; c++) {
+      const double std = double(to.std[c0 + c]), off = mean[c] - double(to.mean[c0 + c]);
+      const R r = R(to.clip(1.0 / inverse[c] / std, 1.0 / to.rmax, to.rmax));
+      const R d = R(to.clip(off / std, -to.dmax, to.dmax));
+      to.r[c0 + c] = r, to.d[c0 + c] = d;
+      l.p1[c] = gamma[c] * r, l.h[c] = beta[c] + gamma[c] * d; // whose place is free forward
+    }
+    gamma = l.p1, beta = l.h;
+  }
   each_channel(areas, job.s.bc, [&](i64 c, i64 g) {
     R mu = moves ? R(mean[g]) : R(0), a = R(double(gamma[c]) * inverse[g]);
     double rest = moves ? mean[g] - double(mu) : 0.0;
     l.mu[c] = mu, l.a[c] = a, l.tau[c] = tau[c];
     l.b[c] = R(double(beta[c]) - (rest != 0 ? rest * double(a) : 0.0)); // a may be infinite
   });
-  const Corrections<R> &to = job.corrections;
-  if (!to.std) return;
-  for (i64 c = 0; c < areas; c++) {
-    const double std = double(to.std[c0 + c]), off = mean[c] - double(to.mean[c0 + c]);
-    const R r = R(to.clip(1.0 / inverse[c] / std, 1.0 / to.rmax, to.rmax));
-    const R d = R(to.clip(off / std, -to.dmax, to.dmax)), scale = gamma[c] * r;
-    to.r[c0 + c] = r, to.d[c0 + c] = d;
-    const R a = R(double(scale) * inverse[c]);
-    const double rest = moves ? mean[c] - double(l.mu[c]) : 0.0;
-    l.a[c] = a;
-    l.b[c] = R(double(beta[c] + gamma[c] * d) - (rest != 0 ? rest * double(a) : 0.0));
-  }
 }
 
 // What the gradient needs beside the lines, from the sums of g and g (x - mu) of each channel: see

@@ -300,11 +300,11 @@ class _Normalize(torch.autograd.Function):
             inputs = (x, weight, bias, threshold, eps, residual)
             found = differentiable(job, needs, dy, inputs, number, mean, moment, corrected)
             return *found, None
-        # Hooks on saved tensors may have changed the order of statistics.
+        # Hooks on saved tensors may have changed the order of statistics, or their dtype.
         mean, moment = flat(mean, WIDE[x.dtype]), flat(moment, WIDE[x.dtype])
         more: tuple[Any, ...] = () if residual is None else (residual,)
         if corrected:
-            more = (residual, [t.contiguous() for t in corrected])
+            more = (residual, [flat(t, WIDE[x.dtype]) for t in corrected])
         dx, dweight, dbias, dthreshold, deps, dr = job.family.backward(
             job, needs, dy, x, weight, bias, threshold, number, mean, moment, *more
         )

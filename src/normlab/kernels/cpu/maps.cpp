@@ -1,9 +1,9 @@
 // One curve for each map (sample, channel) of a tensor, and the gradient.
 //
 // Methods whose statistics are functions of the moments of single maps are these curves between
-// functions of a few N x C numbers, which the caller differentiates: see maps.py. Beside the
-// coefficients of its curve, a map has its mean mu, and in the gradient k and h, which hold what
-// flows through its moments:
+// functions of a few N x C numbers, which are in middles.h or which the caller differentiates: see
+// maps.py. Beside the coefficients of its curve, a map has its mean mu, and in the gradient k and h,
+// which hold what flows through its moments:
 //   y = f(x; coefficients),  dx = dy f'(x) + (x - mu) k + h.
 // Orders of memory are those of normalize.cpp. Sums over a map are partial sums in R, in double from
 // there on, in an order that depends on the shape alone.
@@ -359,18 +359,17 @@ template <class F, template <class> class M, class T> int whole(const Middle &m,
   constexpr i64 K = M<R>::coefficients;
   const i64 all = maps.n * maps.c;
   M<R> middle(m, maps.n, maps.c);
-  std::vector<R> room(std::size_t((2 * K + 2) * all));
+  std::vector<R> room(std::size_t((back ? 2 * K + 2 : K) * all));
   R *of = room.data(), *sums = of + K * all, *k = sums + K * all, *h = k + all;
   middle.fill(of);
   maps.mean = m.mean, maps.a = of, maps.b = of + all;
   if (K == 5) maps.v = of + 2 * all, maps.d = of + 3 * all, maps.s = of + 4 * all;
   if (!back) return pass<F, T>(maps, APPLY);
-  void *dx = maps.out;
   maps.sums = sums;
   pass<F, T>(maps, SUMS);
   middle.pull(sums, of, maps.p, k, h);
-  maps.k = k, maps.h = h, maps.out = dx;
-  return dx ? pass<F, T>(maps, GRADIENT) : 0;
+  maps.k = k, maps.h = h;
+  return maps.out ? pass<F, T>(maps, GRADIENT) : 0;
 }
 
 } // namespace

@@ -205,6 +205,13 @@ def _full(numbers: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> list
     return [t.detach().to(dtype).expand(shape).contiguous() for t in numbers]
 
 
+def _read(x: Tensor, moment: Tensor) -> Tensor:
+    """A moment of maps as the kernels read it, which a hook may have handed back otherwise."""
+    found = function.flat(moment, function.WIDE[x.dtype])
+    assert found is not None
+    return found
+
+
 class _Fused(torch.autograd.Function):
     """(x, job, *parameters) → (y, mean, variance)."""
 
@@ -239,9 +246,9 @@ class _Fused(torch.autograd.Function):
             asked = (needs[0], *needs[2:])
             dx, *slopes = function.derivatives(formula, (x, *parameters), asked, dy)
             return dx, None, *slopes
-        # Hooks on saved tensors may have changed their order.
+        # Hooks on saved tensors may have changed their order, or the dtype of moments.
         x, columns = _placed(x, job.layout)
-        mean, variance = mean.contiguous(), variance.contiguous()
+        mean, variance = _read(x, mean), _read(x, variance)
         dy = _along(dy, x, job.layout, columns)
         wanted = (needs[0], needs[0], *needs[2:])
         with torch.enable_grad():
@@ -389,12 +396,11 @@ class _Known(torch.autograd.Function):
             asked = (needs[0], *needs[4:])
             dx, *slopes = function.derivatives(formula, (x, *parameters), asked, dy)
             return dx, None, None, None, *slopes
-        # Hooks on saved tensors may have changed their order.
-        x, columns = _placed(x, job.layout)
+        x, columns = _placed(x, job.layout)  # hooks, as in `_Fused`
         dy = _along(dy, x, job.layout, columns)
         dx = call._like(x, job.layout, columns) if needs[0] else None
         record = _call(job, x, columns, dx, dy)
-        moments = mean.contiguous(), variance.contiguous()
+        moments = _read(x, mean), _read(x, variance)
         slopes = _through(job, ctx.known, record, x.dtype, *moments, parameters, needs[4:], None)
         return dx, None, None, None, *slopes
 
@@ -433,7 +439,7 @@ def _through(
 def known(
     curve: Curve, x: Tensor, layout: Layout, middle: Middle, of: Known,
     *parameters: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:  # fmt: skip
     """`fused` with a middle that kernels know.
 
     Args:
@@ -446,20 +452,16 @@ def known(
 
     Returns:
         y in the dtype and memory order of x; mean and variance of channels over the batch, (1, C),
-        without gradient, if wanted.
+        without gradient, if wanted. Or None where `fused` has to do it: in a traced graph, or where
+        something is not of the shape that kernels read.
     """
     channels = layout.lengths[1]
-    shapes = [len(of.order)] * 2 if curve == "line" else [channels]
-    shapes += [channels] * 2
-    stored = () if of.stored is None else of.stored
-    fits = all(p is None or p.shape == (n,) for p, n in zip(parameters, shapes, strict=True))
-    if (
-        torch.compiler.is_compiling()
-        or not fits
-        or not all(t is None or (function.plain(t) and t.numel() == channels) for t in stored)
-    ):
-        y, mean, variance = fused(curve, x, layout, middle, *parameters)
-        return y, merged(mean, variance, 0) if of.measures else None
+    logits = [len(of.order)] * 2 if curve == "line" else [channels]
+    pairs = zip(parameters, [*logits, channels, channels], strict=True)
+    if torch.compiler.is_compiling() or any(p is not None and p.shape != (n,) for p, n in pairs):
+        return None
+    if any(t is not None and not _fits(t, channels) for t in of.stored or ()):
+        return None
     dtype, batch = function.WIDE[x.dtype], None
     if of.measures:
         batch = x.new_empty(1, channels, dtype=dtype), x.new_empty(1, channels, dtype=dtype)
@@ -467,3 +469,7 @@ def known(
     job = Job(curve, layout, middle)
     y = _Known.apply(x, job, of, batch, *parameters)  # type: ignore[no-untyped-call]
     return y, batch
+
+
+def _fits(stored: Tensor, channels: int) -> bool:
+    return function.plain(stored) and stored.numel() == channels
