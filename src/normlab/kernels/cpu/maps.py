@@ -241,11 +241,9 @@ class _Fused(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, mean, variance, *parameters = ctx.saved_tensors
         needs, job = ctx.needs_input_grad, ctx.job
-        if torch.is_grad_enabled() or not function.direct(dy):
-            formula = partial(_by_operations, job)
-            asked = (needs[0], *needs[2:])
-            dx, *slopes = function.derivatives(formula, (x, *parameters), asked, dy)
-            return dx, None, *slopes
+        plain = _differentiable(job, dy, (x, *parameters), (needs[0], *needs[2:]))
+        if plain is not None:
+            return plain[0], None, *plain[1:]
         # Hooks on saved tensors may have changed their order, or the dtype of moments.
         x, columns = _placed(x, job.layout)
         mean, variance = _read(x, mean), _read(x, variance)
@@ -294,6 +292,15 @@ def _pulled(
     outputs, gradients = zip(*live, strict=True)
     found = iter(torch.autograd.grad(outputs, asked, gradients, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in leaves]
+
+
+def _differentiable(
+    job: Job, dy: Tensor, given: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None] | None:
+    """Gradients by torch operations where kernels may not give them, else None."""
+    if not torch.is_grad_enabled() and function.direct(dy):
+        return None
+    return function.derivatives(partial(_by_operations, job), given, needs, dy)
 
 
 def _by_operations(job: Job, x: Tensor | None, *parameters: Tensor | None) -> Tensor:
@@ -391,11 +398,9 @@ class _Known(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, mean, variance, *parameters = ctx.saved_tensors
         needs, job = ctx.needs_input_grad, ctx.job
-        if torch.is_grad_enabled() or not function.direct(dy):
-            formula = partial(_by_operations, job)
-            asked = (needs[0], *needs[4:])
-            dx, *slopes = function.derivatives(formula, (x, *parameters), asked, dy)
-            return dx, None, None, None, *slopes
+        plain = _differentiable(job, dy, (x, *parameters), (needs[0], *needs[4:]))
+        if plain is not None:
+            return plain[0], None, None, None, *plain[1:]
         x, columns = _placed(x, job.layout)  # hooks, as in `_Fused`
         dy = _along(dy, x, job.layout, columns)
         dx = call._like(x, job.layout, columns) if needs[0] else None
