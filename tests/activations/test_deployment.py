@@ -1,4 +1,4 @@
-"""Every layer saved, compiled and exported: torch.save, torch.compile, torch.export, ONNX."""
+"""Every layer saved, compiled and exported: torch.compile, torch.export, TorchScript, ONNX."""
 
 import copy
 import io
@@ -82,6 +82,18 @@ def test_exported_evaluation_is_evaluation(name, options):
     x = torch.randn(7, 2, 5, 3)
     # Float32 rounding of the same operations.
     torch.testing.assert_close(exported.module()(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY)
+def test_torchscript_traces_evaluation(name, options):
+    net = Net(trained(name, options)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that lengths become constants, and that it is old
+        # Unchecked: the check compares texts of graphs, where functions stand with an address.
+        traced = torch.jit.trace(net, (torch.randn(4, 2, 5, 3),), check_trace=False)
+    x = torch.randn(4, 2, 5, 3)
+    # Float32 rounding of the same operations, where eager passes have kernels.
+    torch.testing.assert_close(traced(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "options"), EVERY)

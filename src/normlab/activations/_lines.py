@@ -198,7 +198,8 @@ def of_maps(x: Tensor, mask: Tensor | None, layout: Layout) -> tuple[Tensor, Map
     correction = total(z, dims) / count
     z = masked(z - correction, mask)
     variance = total(z * z, dims) / count
-    if isinstance(size, Tensor):  # as everywhere: no valid member, deviation 1
+    # Lengths are tensors to the tracer of TorchScript, masked or not.
+    if mask is not None and isinstance(size, Tensor):  # as everywhere: no valid member, deviation 1
         variance = variance.masked_fill(size == 0, 1)
         size = size.reshape(layout.lengths[0], 1)
     shape = layout.lengths[:2]

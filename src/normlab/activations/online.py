@@ -280,7 +280,9 @@ class _Online(_Traced):
 def _whole(x: Tensor, valid: Tensor | None) -> Tensor:
     """Mean over all channels and valid positions of a sample, (N, 1, 1)."""
     count = _count(x, valid)
-    count = count if isinstance(count, int) else count[:, :, None]
+    if valid is not None:
+        assert isinstance(count, Tensor)
+        count = count[:, :, None]
     return masked(x, valid).sum((1, 2), keepdim=True) / (count * x.shape[1])
 
 
