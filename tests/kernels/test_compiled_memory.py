@@ -183,8 +183,8 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
   m.out = dx, m.k = in, m.h = h, failed |= normlab_maps(&m, 2, dtype);
   // With a middle between moments and coefficients.
   Middle q{};
-  q.kind = m.curve, q.eps = 1e-5, q.correction = 1.1, q.narrow = sizeof(R) == 4 && r() % 2;
-  const i64 parts = q.kind == 0 ? i64(1 + r() % 3) : 1;
+  q.eps = 1e-5, q.correction = 1.1, q.narrow = sizeof(R) == 4 && r() % 2;
+  const i64 parts = m.curve == 0 ? i64(1 + r() % 3) : 1;
   for (i64 i = 0, first = i64(r() % 3); i < parts; i++) q.order |= (1 + (first + i) % 3) << (2 * i);
   std::vector<void *> rooms;
   auto numbers = [&](i64 count, bool there) -> void * {
@@ -194,9 +194,9 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
   };
   R *batch = room<R>(r, m.c), *spread = room<R>(r, m.c), *kept = room<R>(r, m.c, true);
   q.mean = mean, q.variance = d;
-  if (r() % 3 == 0) q.stored_variance = kept, q.stored_mean = q.kind == 0 ? a : nullptr;
+  if (r() % 3 == 0) q.stored_variance = kept, q.stored_mean = m.curve == 0 ? a : nullptr;
   if (r() % 2) q.batch_mean = batch, q.batch_variance = spread;
-  q.gamma = numbers(m.c, r() % 3), q.beta = numbers(m.c, r() % 3), q.v = numbers(m.c, q.kind);
+  q.gamma = numbers(m.c, r() % 3), q.beta = numbers(m.c, r() % 3), q.v = numbers(m.c, m.curve);
   q.mean_logits = numbers(parts, true), q.variance_logits = numbers(parts, true);
   m.out = y, m.dy = nullptr, failed |= normlab_middle(&q, &m, 0, dtype);
   q.batch_mean = q.batch_variance = nullptr;
@@ -215,9 +215,10 @@ int main() {
   for (int i = 0; i < 250; i++)
     if (once<float, float>(r, 0) | once<double, double>(r, 1) | once<bf16, float>(r, 2)) return 3;
   Maps none{};
-  Middle other{};
-  other.kind = 9;
-  if (normlab_middle(&other, &none, 0, 0) != 1) return 4;
+  Maps other{};
+  other.curve = 9;
+  const Middle nothing{};
+  if (normlab_middle(&nothing, &other, 0, 0) != 1) return 4;
   return normlab_maps(&none, 0, 9) == 1 && normlab_maps(&none, 9, 0) == 1 ? 0 : 4;
 }
 """

@@ -24,7 +24,7 @@ METHODS = [
     ("switchable", {"over": "batch"}), ("sparse_switchable", {}),
 ]  # fmt: skip
 NAMES = ["evonorm_s0", "evonorm_b0", "switchable"]
-FUSED = {maps._Fused, maps._Known, function._Normalize}  # of which a layer has one
+FUSED = {maps._Fused, function._Normalize}  # of which a layer has one
 ORDERS = ["rows", "columns", "sliced", "reversed"]
 
 

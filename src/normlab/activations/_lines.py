@@ -136,20 +136,16 @@ class LineNorm(Normalize):
         if self._measures:
             self._check_members(layout, synchronized=False)
         stored = self._stored() if self._uses_stored else None
+        channels = None
         if kernels.supports(x, parameters, mask):
 
             def middle(mean: Tensor, variance: Tensor, *parameters: Tensor | None) -> Line:
                 return self._line(Maps(mean, variance, own.members), parameters, stored, given)
 
             known = self._known_to_kernels(stored)
-            if known is not None:
-                whole = kernels.known("line", x, own, middle, known, *parameters)
-                if whole is not None:
-                    y, channels = whole
-                    if channels is not None:
-                        measured.append(self._flat(Maps(*channels, layout.members)))
-                    return y
-            y, mean, variance = kernels.fused("line", x, own, middle, *parameters)
+            y, mean, variance, channels = kernels.fused(
+                "line", x, own, middle, *parameters, known=known
+            )
             found = Maps(mean, variance, own.members)
         else:
             where = None if mask is None else own.per_position(mask)
@@ -158,7 +154,9 @@ class LineNorm(Normalize):
             shape = own.lengths[:2]
             a, b = (per_map(t.expand(shape), x, self.channel_dim) for t in line)
             y = masked(torch.addcmul(b, z, a), where).to(x.dtype)
-        if self._updates:
+        if channels is not None:
+            measured.append(self._flat(Maps(*channels, layout.members)))
+        elif self._updates:
             with torch.no_grad():
                 batch = self._batch(found, _widened(parameters, found.mean.dtype), given)
             measured.append(self._flat(batch))

@@ -148,15 +148,13 @@ class EvoNormB0(StoringLayer):
             eps,
             correction=correction,
             stored=None if stored is None else (None, stored),
-            measures=self._updates,
+            measures=self._measures,
         )
-        given = (v, self.weight, self.bias)
-        whole = maps.known("larger", x, own, middle, known, *given)
-        if whole is None:
-            y, *moments = maps.fused("larger", x, own, middle, *given)
-            whole = y, maps.merged(moments[0], moments[1], 0)
-        y, batch = whole
-        if batch is not None and self._measures:
+        y, *moments, channels = maps.fused(
+            "larger", x, own, middle, v, self.weight, self.bias, known=known
+        )
+        if self._measures:
+            batch = channels or maps.merged(moments[0], moments[1], 0)
             mean, moment = (layout.from_stored(t.view(-1)) for t in batch)
             self._maybe_update([(layout, Moments(mean, moment, layout.members))])
         return y

@@ -154,14 +154,11 @@ class Renormalized:
         Args:
             step: Batches so far.
         """
-        found = []
         if type(self).correction is not Renormalized.correction:  # a subclass has another rule
             return None
-        for bound in (self.rmax, self.dmax):
-            if callable(bound) and type(bound) is not Ramp:
-                return None
-            found.append(bound.at(step) if isinstance(bound, Ramp) else float(bound))
-        return found[0], found[1]
+        bounds = (self.rmax, self.dmax)  # a subclass of a ramp has another rule too
+        rmax, dmax = (b.at(step) if type(b) is Ramp else b for b in bounds)
+        return None if callable(rmax) or callable(dmax) else (float(rmax), float(dmax))
 
     @torch.no_grad()
     def correction(

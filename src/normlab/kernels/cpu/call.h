@@ -65,11 +65,7 @@ public:
 
 // The gradient of a parameter, from one sum a channel.
 template <class R> void give(const Call &k, Flag which, const double *sums, void *into) {
-  if (!into) return;
-  if (k.flags & which)
-    for (i64 c = 0; c < k.c; c++) store(static_cast<bf16 *>(into), c, float(sums[c]));
-  else
-    std::copy(sums, sums + k.c, static_cast<R *>(into));
+  if (into) written<R>(sums, k.c, k.flags & which, into);
 }
 
 // Where there is one position, both orders are one, and columns have the longer loops.

@@ -44,7 +44,7 @@ ADDS = True
 """A residual is added in the same pass."""
 _FAMILY = sys.modules[__name__]
 _NO_CORRECTIONS = OF_CORRECTIONS(*[0] * 6)
-_NO_MORE = OF_GRADIENTS(*[0] * 7) + _NO_CORRECTIONS
+_NO_GRADIENTS = OF_GRADIENTS(*[0] * 7)
 # What only areas that are blocks have, and second moments; see `Spec`.
 _GATED: dict[str | None, int] = {"gated": 8}
 _NUMBERS = {**ACTIVATIONS, **_GATED}
@@ -127,8 +127,7 @@ def corrects(x: Tensor, layout: Layout, operation: Operation, towards: Sequence[
         and _second(operation)
         and operation.shift
         and operation.p is not None
-        and all(t.dtype is WIDE[x.dtype] and t.shape == (c,) for t in towards)
-        and all(t.is_contiguous() for t in towards)
+        and all(t.dtype is WIDE[x.dtype] and t.shape == (c,) and t.is_contiguous() for t in towards)
     )
 
 
@@ -348,11 +347,10 @@ def forward(
     if residual is not None:
         residual = _along(job, record, y, residual)
     given = _addresses(x, *parameters, mean, moment, residual, y)
-    more = _NO_MORE
+    one, more = OF_ONE_CALL(eps, flags | measure, *given), _NO_CORRECTIONS
     if correction is not None:
-        towards = OF_CORRECTIONS(*_addresses(*correction[:4]), *correction[4:])
-        more = more[: -len(towards)] + towards
-    _run(record.forward, record, head, OF_ONE_CALL(eps, flags | measure, *given), more)
+        more = OF_CORRECTIONS(*_addresses(*correction[:4]), *correction[4:])
+    _run(record.forward, record, head, one, _NO_GRADIENTS, more)
     return y, mean, moment
 
 
@@ -432,7 +430,8 @@ def moments(x: Tensor, layout: Layout, spec: Spec) -> Moments:
     record = _record(job, x)
     mean, moment = _room(record)
     given = _addresses(x, None, None, None, mean, moment, None, None)
-    _run(record.forward, record, record.head, OF_ONE_CALL(0.0, True, *given), _NO_MORE)
+    one = OF_ONE_CALL(0.0, True, *given)
+    _run(record.forward, record, record.head, one, _NO_GRADIENTS, _NO_CORRECTIONS)
     return Moments(mean, moment, layout.members)
 
 

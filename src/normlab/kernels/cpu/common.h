@@ -142,6 +142,24 @@ template <class F> void share(i64 count, const F &body) {
   });
 }
 
+// f(row, count), four rows at a time where they have `most` bytes or fewer and share what is read of
+// each channel. Four long ones would be four streams, which the prefetcher of a processor does not
+// follow.
+template <class T, class F> inline void row_by_row(i64 rows, i64 c, F f, i64 most = 128) {
+  const bool narrow = c * i64(sizeof(T)) <= most;
+  i64 r = 0;
+  for (; r + 4 <= rows && narrow; r += 4) f(r, std::integral_constant<int, 4>{});
+  for (; r < rows; r++) f(r, std::integral_constant<int, 1>{});
+}
+
+// Writes numbers as R, or as bf16 where they are narrow.
+template <class R> void written(const double *from, i64 n, bool narrow, void *to) {
+  if (narrow)
+    for (i64 i = 0; i < n; i++) store(static_cast<bf16 *>(to), i, float(from[i]));
+  else
+    std::copy(from, from + n, static_cast<R *>(to));
+}
+
 // f(an element) by number of its type: 0 float32, 1 float64, 2 bfloat16. Returns what f does, or 1
 // for another type, 2 without memory.
 template <class F> int typed(int dtype, F f) noexcept {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 10
+ABI = 11
 ENTRIES = ("normlab", "normlab_lines", "normlab_powers")
 """Families of functions, each of a forward and a backward direction; see `Call`."""
 SWITCH = "NORMLAB_KERNELS"

@@ -98,15 +98,6 @@ inline void run_gradient(const T *x, const T *dy, const T *r, const R *kept, T *
 
 // --- matrices: a line each column ---------------------------------------------------------------
 
-// f(row, count), four rows at a time where they are short and share what is read of each channel.
-// Four long ones would be four streams, which the prefetcher of a processor does not follow.
-template <class T, class F> inline void row_by_row(i64 rows, i64 c, F f) {
-  const bool narrow = c * i64(sizeof(T)) <= 128;
-  i64 r = 0;
-  for (; r + 4 <= rows && narrow; r += 4) f(r, std::integral_constant<int, 4>{});
-  for (; r < rows; r++) f(r, std::integral_constant<int, 1>{});
-}
-
 // Bytes ahead that are asked for: what is stored between reads hides from prefetchers where they go.
 constexpr i64 AHEAD = 16 << 10;
 

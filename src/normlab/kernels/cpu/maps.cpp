@@ -179,24 +179,18 @@ void gradient_row(const T *x, const T *dy, T *dx, i64 p, const Numbers<R> &of, O
 
 // --- columns: a sample is P rows of C contiguous channels ------------------------------------------
 
-// f(row, count), four rows at a time where they are short and share what is read of each channel, as
-// `row_by_row` of loops.h has it: more is read of each here.
-template <class T, class F> inline void rows_together(i64 rows, i64 c, F f) {
-  i64 r = 0;
-  for (; r + 4 <= rows && c * i64(sizeof(T)) <= 256; r += 4) f(r, std::integral_constant<int, 4>{});
-  for (; r < rows; r++) f(r, std::integral_constant<int, 1>{});
-}
+constexpr i64 SHORT = 256; // bytes of rows that are taken together: more is read of each channel here
 
 template <class F, class T, class R>
 void apply_columns(const T *x, i64 xp, T *y, i64 yp, i64 rows, i64 c, const Numbers<R> &of,
                    Out &out) {
-  rows_together<T>(rows, c, [&](i64 r, auto count) {
+  row_by_row<T>(rows, c, [&](i64 r, auto count) {
     out.sweep_to<R>(y + r * yp, c, [&](i64 j, auto at) {
       const Coefficients<V<R>> q = of_channels<F>(of, j, at);
       for (i64 i = r; i < r + count; i++)
         at.write(y + i * yp + j, F::value(at.read(x + i * xp + j, V<R>{}), q));
     });
-  });
+  }, SHORT);
 }
 
 // Adds to `sums`, C for each coefficient, by way of as many in `work`.
@@ -207,7 +201,7 @@ void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const
   for (i64 first = 0; first < rows; first += STEP) {
     i64 last = std::min(first + STEP, rows);
     std::fill(work, work + K * c, R(0));
-    rows_together<T>(last - first, c, [&](i64 r, auto count) {
+    row_by_row<T>(last - first, c, [&](i64 r, auto count) {
       sweep<R>(c, [&](i64 j, auto at) {
         const Coefficients<V<R>> q = of_channels<F>(of, j, at);
         const V<R> zero{};
@@ -219,7 +213,7 @@ void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const
         }
         each_of<K>([&](auto k) { at.write(work + k * c + j, s[k]); });
       });
-    });
+    }, SHORT);
     for (i64 j = 0; j < K * c; j++) sums[j] += double(work[j]);
   }
 }
@@ -227,7 +221,7 @@ void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const
 template <class F, class T, class R>
 void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i64 rows, i64 c,
                       const Numbers<R> &of, Out &out) {
-  rows_together<T>(rows, c, [&](i64 r, auto count) {
+  row_by_row<T>(rows, c, [&](i64 r, auto count) {
     out.sweep_to<R>(dx + r * yp, c, [&](i64 j, auto at) {
       const Coefficients<V<R>> q = of_channels<F>(of, j, at);
       const V<R> k = at.read(of.k + j, V<R>{}), h = at.read(of.h + j, V<R>{});
@@ -237,7 +231,7 @@ void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i6
         at.write(dx + i * yp + j, direct + of_moments<V<R>>(e, q.mu, k, h));
       }
     });
-  });
+  }, SHORT);
 }
 
 // --- passes ----------------------------------------------------------------------------------------
@@ -380,13 +374,13 @@ EXPORT int normlab_maps(const Maps *maps, int pass, int dtype) noexcept {
   return typed(dtype, [&](auto element) { return choose<decltype(element)>(*maps, pass); });
 }
 
-// A direction of a layer whose middle is known here: of `maps`, the lengths, walks, x, dy, and y or dx.
-// Returns 0, or 1 for another kind or dtype, 2 without memory.
+// A direction of a layer whose middle is known here: of `maps`, the lengths, walks, curve, x, dy, and y
+// or dx. Returns 0, or 1 for another curve or dtype, 2 without memory.
 EXPORT int normlab_middle(const Middle *middle, const Maps *maps, int back, int dtype) noexcept {
   return typed(dtype, [&](auto element) {
     using T = decltype(element);
-    if (middle->kind == 0) return whole<Line, Mixture, T>(*middle, *maps, back);
-    if (middle->kind == 1) return whole<Larger, Wider, T>(*middle, *maps, back);
+    if (maps->curve == 0) return whole<Line, Mixture, T>(*middle, *maps, back);
+    if (maps->curve == 1) return whole<Larger, Wider, T>(*middle, *maps, back);
     return 1;
   });
 }

@@ -72,11 +72,15 @@ class Job(NamedTuple):
         curve: ``"line"``: (x − μ)·a + b; ``"larger"``: x/max(d, v·x + s)·a + b.
         layout: `MAPS` bound to the shape of x.
         middle: What gives the coefficients in the order a, b, v, d, s.
+        known: What kernels need to compute the middle themselves, if they do.
+        channels: Room for the mean and variance of channels over the batch, (1, C), if wanted.
     """
 
     curve: Curve
     layout: Layout
     middle: Middle
+    known: Known | None = None
+    channels: tuple[Tensor, Tensor] | None = None
 
 
 class _Call(ctypes.Structure):
@@ -96,7 +100,7 @@ class _Middle(ctypes.Structure):
     """A middle that kernels know; kept in step with `struct Middle` of middles.h."""
 
     _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("kind", "order", "narrow")],
+        *[(name, ctypes.c_int64) for name in ("order", "narrow")],
         *[(name, ctypes.c_double) for name in ("eps", "correction")],
         *[(name, ctypes.c_void_p) for name in (
             "mean", "variance", "stored_mean", "stored_variance", "gamma", "beta", "v",
@@ -223,11 +227,15 @@ class _Fused(torch.autograd.Function):
         assert given.mean is not None
         assert given.moment is not None
         mean, variance = (t.view(len(x), -1) for t in (given.mean, given.moment))
-        coefficients = job.middle(mean, variance, *_leaves(parameters, mean.dtype))
-        coefficients = _full(coefficients, job.layout, mean.dtype)
         columns = _placed(x, job.layout)[1]
         y = call._like(x, job.layout, columns)
-        _run(_APPLY, job, x, columns, mean, coefficients, y)
+        if job.known is not None:
+            record = _call(job, x, columns, y, None)
+            _through(job, job.known, record, x.dtype, mean, variance, parameters, ())
+        else:
+            coefficients = job.middle(mean, variance, *_leaves(parameters, mean.dtype))
+            coefficients = _full(coefficients, job.layout, mean.dtype)
+            _run(_APPLY, job, x, columns, mean, coefficients, y)
         ctx.job = job
         ctx.save_for_backward(x, mean, variance, *parameters)
         ctx.mark_non_differentiable(mean, variance)
@@ -241,13 +249,21 @@ class _Fused(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, mean, variance, *parameters = ctx.saved_tensors
         needs, job = ctx.needs_input_grad, ctx.job
-        plain = _differentiable(job, dy, (x, *parameters), (needs[0], *needs[2:]))
-        if plain is not None:
-            return plain[0], None, *plain[1:]
+        if torch.is_grad_enabled() or not function.direct(dy):
+            formula = partial(_by_operations, job)
+            asked = (needs[0], *needs[2:])
+            dx, *slopes = function.derivatives(formula, (x, *parameters), asked, dy)
+            return dx, None, *slopes
         # Hooks on saved tensors may have changed their order, or the dtype of moments.
         x, columns = _placed(x, job.layout)
         mean, variance = _read(x, mean), _read(x, variance)
         dy = _along(dy, x, job.layout, columns)
+        dx = call._like(x, job.layout, columns) if needs[0] else None
+        if job.known is not None:
+            record = _call(job, x, columns, dx, dy)
+            moments = mean, variance
+            slopes = _through(job, job.known, record, x.dtype, *moments, parameters, needs[2:])
+            return dx, None, *slopes
         wanted = (needs[0], needs[0], *needs[2:])
         with torch.enable_grad():
             leaves = _leaves((mean, variance, *parameters), mean.dtype, wanted)
@@ -256,9 +272,7 @@ class _Fused(torch.autograd.Function):
         sums = mean.new_empty(len(values), *job.layout.lengths[:2])
         _run(_SUMS, job, x, columns, mean, values, None, dy, sums=sums)
         dmean, dvariance, *slopes = _pulled(coefficients, sums, leaves)
-        dx = None
-        if needs[0]:
-            dx = call._like(x, job.layout, columns)
+        if dx is not None:
             dmean, dvariance = (mean.new_zeros(()) if g is None else g for g in (dmean, dvariance))
             if job.curve == "line":  # which is about the map's own mean
                 dmean = dmean - values[0] * sums[1]
@@ -268,6 +282,37 @@ class _Fused(torch.autograd.Function):
         found = [None if g is None or p is None or not need else g.to(p.dtype)
                  for g, p, need in zip(slopes, parameters, needs[2:], strict=True)]  # fmt: skip
         return dx, None, *found
+
+
+def _through(
+    job: Job, known: Known, record: _Call, dtype: torch.dtype, mean: Tensor, variance: Tensor,
+    parameters: Sequence[Tensor | None], needs: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """A direction by kernels that know the middle; backward, gradients of what needs one."""
+    wide, names = mean.dtype, _PARAMETERS[job.curve]
+    narrow = wide is torch.float32 and all(
+        [p is None or p.dtype is torch.bfloat16 for p in parameters]  # noqa: C419 (faster)
+    )
+    read = [function.flat(p, torch.bfloat16 if narrow else wide) for p in parameters]
+    slopes = [
+        torch.empty_like(p) if p is not None and need else None
+        for p, need in zip(read, needs or [False] * len(read), strict=True)
+    ]
+    order = sum(part << 2 * k for k, part in enumerate(known.order))
+    middle = _Middle(order, narrow, known.eps, known.correction)
+    stored = [function.flat(t, wide) for t in known.stored or (None, None)]
+    _address(middle, mean=mean, variance=variance, **dict(zip(names, read, strict=True)))
+    _address(middle, stored_mean=stored[0], stored_variance=stored[1])
+    _address(middle, **{f"d{name}": t for name, t in zip(names, slopes, strict=True)})
+    if job.channels is not None:
+        _address(middle, batch_mean=job.channels[0], batch_variance=job.channels[1])
+    given = ctypes.byref(middle), ctypes.byref(record), bool(needs), function.DTYPES[dtype]
+    if library.ready().normlab_middle(*given):
+        raise MemoryError("the kernel could not allocate its working memory")
+    return [
+        total if p is None or total is None or total.dtype is p.dtype else total.to(p.dtype)
+        for p, total in zip(parameters, slopes, strict=True)
+    ]
 
 
 def _leaves(
@@ -292,15 +337,6 @@ def _pulled(
     outputs, gradients = zip(*live, strict=True)
     found = iter(torch.autograd.grad(outputs, asked, gradients, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in leaves]
-
-
-def _differentiable(
-    job: Job, dy: Tensor, given: Sequence[Tensor | None], needs: Sequence[bool]
-) -> list[Tensor | None] | None:
-    """Gradients by torch operations where kernels may not give them, else None."""
-    if not torch.is_grad_enabled() and function.direct(dy):
-        return None
-    return function.derivatives(partial(_by_operations, job), given, needs, dy)
 
 
 def _by_operations(job: Job, x: Tensor | None, *parameters: Tensor | None) -> Tensor:
@@ -344,9 +380,26 @@ def curve(
     return torch.addcmul(b, z, a)
 
 
+class Fused(NamedTuple):
+    """What a pass gives.
+
+    Attributes:
+        y: In the dtype and memory order of x.
+        mean: μ of each map, (N, C), without gradient.
+        variance: σ² likewise.
+        channels: Mean and variance of channels over the batch, (1, C), if kernels gave them.
+    """
+
+    y: Tensor
+    mean: Tensor
+    variance: Tensor
+    channels: tuple[Tensor, Tensor] | None = None
+
+
 def fused(
-    curve: Curve, x: Tensor, layout: Layout, middle: Middle, *parameters: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    curve: Curve, x: Tensor, layout: Layout, middle: Middle, *parameters: Tensor | None,
+    known: Known | None = None,
+) -> Fused:  # fmt: skip
     """y = f(x; middle(μ, σ², *parameters)), and the moments.
 
     Args:
@@ -356,125 +409,33 @@ def fused(
         middle: Differentiable, without random numbers or side effects: it runs again in the
             backward pass. Gets the parameters in the dtype of the moments, float32 or float64.
         *parameters: What it needs beside the moments, and is differentiated for.
+        known: What kernels need to compute the middle themselves, which they do not in a traced
+            graph, nor where something is not of the shape that they read.
 
     Returns:
-        y in the dtype and memory order of x; μ and σ² of shape (N, C), without gradient.
+        y and the moments.
     """
     job = Job(curve, layout, middle)
     traced = dispatch.traced()
     if traced is not None:
-        found: tuple[Tensor, Tensor, Tensor] = traced.map_ops.fused(x, job, parameters)
-        return found
+        return Fused(*traced.map_ops.fused(x, job, parameters))
+    if known is not None and _fits(known, job, parameters):
+        channels, size, dtype = None, layout.lengths[1], function.WIDE[x.dtype]
+        if known.measures:
+            channels = x.new_empty(1, size, dtype=dtype), x.new_empty(1, size, dtype=dtype)
+        job = Job(curve, layout, middle, known, channels)
     # Copied out here, where autograd sees it: what is saved must have x as its history.
     x, _ = _placed(x, layout)
     y, mean, variance = _Fused.apply(x, job, *parameters)  # type: ignore[no-untyped-call]
-    return y, mean, variance
+    return Fused(y, mean, variance, job.channels)
 
 
-class _Known(torch.autograd.Function):
-    """(x, job, known, batch, *parameters) → y; moments over the batch are put into `batch`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, job: Job, known: Known, batch: tuple[Tensor, ...] | None,
-        *parameters: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        given = call.moments(x, job.layout, reference.Spec(job.layout.member_dims, _MOMENTS, None))
-        assert given.mean is not None
-        assert given.moment is not None
-        columns = _placed(x, job.layout)[1]
-        y = call._like(x, job.layout, columns)
-        record = _call(job, x, columns, y, None)
-        _through(job, known, record, x.dtype, given.mean, given.moment, parameters, (), batch)
-        ctx.job, ctx.known = job, known
-        ctx.save_for_backward(x, given.mean, given.moment, *parameters)
-        ctx.set_materialize_grads(False)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy = grads[0]
-        if dy is None:
-            return (None,) * len(ctx.needs_input_grad)
-        x, mean, variance, *parameters = ctx.saved_tensors
-        needs, job = ctx.needs_input_grad, ctx.job
-        plain = _differentiable(job, dy, (x, *parameters), (needs[0], *needs[4:]))
-        if plain is not None:
-            return plain[0], None, None, None, *plain[1:]
-        x, columns = _placed(x, job.layout)  # hooks, as in `_Fused`
-        dy = _along(dy, x, job.layout, columns)
-        dx = call._like(x, job.layout, columns) if needs[0] else None
-        record = _call(job, x, columns, dx, dy)
-        moments = _read(x, mean), _read(x, variance)
-        slopes = _through(job, ctx.known, record, x.dtype, *moments, parameters, needs[4:], None)
-        return dx, None, None, None, *slopes
-
-
-def _through(
-    job: Job, known: Known, record: _Call, dtype: torch.dtype, mean: Tensor, variance: Tensor,
-    parameters: Sequence[Tensor | None], needs: Sequence[bool], batch: tuple[Tensor, ...] | None,
-) -> list[Tensor | None]:  # fmt: skip
-    """A direction by kernels; gradients of those parameters that need one, backward."""
-    wide, names = mean.dtype, _PARAMETERS[job.curve]
-    narrow = wide is torch.float32 and all(
-        [p is None or p.dtype is torch.bfloat16 for p in parameters]  # noqa: C419 (faster)
+def _fits(known: Known, job: Job, parameters: Sequence[Tensor | None]) -> bool:
+    """Whether parameters and stored statistics are of the shapes that kernels read."""
+    channels = job.layout.lengths[1]
+    sizes = [len(known.order)] * 2 if job.curve == "line" else [channels]
+    pairs = zip(parameters, [*sizes, channels, channels], strict=True)
+    stored = [t for t in known.stored or () if t is not None]
+    return all(p is None or p.shape == (n,) for p, n in pairs) and all(
+        function.plain(t) and t.numel() == channels for t in stored
     )
-    read = [function.flat(p, torch.bfloat16 if narrow else wide) for p in parameters]
-    slopes = [
-        torch.empty_like(p) if p is not None and need else None
-        for p, need in zip(read, needs or [False] * len(read), strict=True)
-    ]
-    order = sum(part << 2 * k for k, part in enumerate(known.order))
-    middle = _Middle(_CURVES[job.curve][0], order, narrow, known.eps, known.correction)
-    stored = [function.flat(t, wide) for t in known.stored or (None, None)]
-    _address(middle, mean=mean, variance=variance, **dict(zip(names, read, strict=True)))
-    _address(middle, stored_mean=stored[0], stored_variance=stored[1])
-    _address(middle, **{f"d{name}": t for name, t in zip(names, slopes, strict=True)})
-    if batch is not None:
-        _address(middle, batch_mean=batch[0], batch_variance=batch[1])
-    given = ctypes.byref(middle), ctypes.byref(record), bool(needs), function.DTYPES[dtype]
-    if library.ready().normlab_middle(*given):
-        raise MemoryError("the kernel could not allocate its working memory")
-    return [
-        total if p is None or total is None or total.dtype is p.dtype else total.to(p.dtype)
-        for p, total in zip(parameters, slopes, strict=True)
-    ]
-
-
-def known(
-    curve: Curve, x: Tensor, layout: Layout, middle: Middle, of: Known,
-    *parameters: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:  # fmt: skip
-    """`fused` with a middle that kernels know.
-
-    Args:
-        curve: f; see `Job`.
-        x: As `supports` allows it.
-        layout: See `Job`.
-        middle: The same in torch operations, as `fused` takes it.
-        of: What kernels need of it.
-        *parameters: As `Known` says.
-
-    Returns:
-        y in the dtype and memory order of x; mean and variance of channels over the batch, (1, C),
-        without gradient, if wanted. Or None where `fused` has to do it: in a traced graph, or where
-        something is not of the shape that kernels read.
-    """
-    channels = layout.lengths[1]
-    logits = [len(of.order)] * 2 if curve == "line" else [channels]
-    pairs = zip(parameters, [*logits, channels, channels], strict=True)
-    if torch.compiler.is_compiling() or any(p is not None and p.shape != (n,) for p, n in pairs):
-        return None
-    if any(t is not None and not _fits(t, channels) for t in of.stored or ()):
-        return None
-    dtype, batch = function.WIDE[x.dtype], None
-    if of.measures:
-        batch = x.new_empty(1, channels, dtype=dtype), x.new_empty(1, channels, dtype=dtype)
-    x, _ = _placed(x, layout)  # as in `fused`
-    job = Job(curve, layout, middle)
-    y = _Known.apply(x, job, of, batch, *parameters)  # type: ignore[no-untyped-call]
-    return y, batch
-
-
-def _fits(stored: Tensor, channels: int) -> bool:
-    return function.plain(stored) and stored.numel() == channels

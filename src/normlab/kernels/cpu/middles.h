@@ -11,7 +11,6 @@ namespace {
 
 // Kept in step with kernels/cpu/maps.py.
 struct Middle {
-  i64 kind;       // 0: a line, by a mixture of areas; 1: the larger of a deviation and another line
   i64 order;      // of a mixture: parts in the order of their logits, a digit to the base of 4 each,
                   // the first lowest: 1 maps, 2 samples, 3 channels
   i64 narrow;     // whether parameters and their gradients are bf16
@@ -36,10 +35,7 @@ template <class R> Reals parameter(const void *from, i64 n, bool narrow, double 
   return to;
 }
 template <class R> void returned(const Reals &from, bool narrow, void *to) {
-  if (!to) return;
-  for (std::size_t i = 0; i < from.size(); i++)
-    if (narrow) store(static_cast<bf16 *>(to), i64(i), float(from[i]));
-    else static_cast<R *>(to)[i] = R(from[i]);
+  if (to) written<R>(from.data(), i64(from.size()), narrow, to);
 }
 
 // Moments of areas, and what has reached them from the coefficients.
@@ -112,8 +108,18 @@ template <class R> class Mixture {
   int part(i64 k) const { return int(m.order >> (2 * k)) & 3; }
   i64 parts() const { return (part(0) != 0) + (part(1) != 0) + (part(2) != 0); }
   bool has(int which) const { return part(0) == which || part(1) == which || part(2) == which; }
-  // What has no part is not there, even if it is NaN.
-  double own(i64 map) const { return has_own ? double(maps.variance[map]) : 0.0; }
+  // Of channel j of sample i: its mean less those of sample and batch, what t is, its variance, and
+  // what stands under the root. What has no part is not there, even if it is NaN.
+  struct Point {
+    double off2, off3, t, own, inside;
+  };
+  Point point(i64 i, i64 j) const {
+    const i64 map = i * maps.c + j;
+    const double mu = double(maps.mean[map]), own = has_own ? double(maps.variance[map]) : 0.0;
+    const double off2 = mu - samples.mean[i], off3 = mu - batch.mean[j];
+    const double mixed = v[1] * own + v[2] * samples.variance[i] + v[3] * batch.variance[j];
+    return {off2, off3, w[2] * off2 + w[3] * off3, own, mixed + m.eps};
+  }
   void share(const void *logits, double *to) const {
     const Reals of = parameter<R>(logits, parts(), m.narrow, 0);
     double most = of[0], sum = 0;
@@ -143,67 +149,60 @@ public:
 
   // Fills a and b, one number a map, one after the other.
   void fill(R *to) const {
-    const double eps = m.eps, w2 = w[2], w3 = w[3], v1 = v[1], v2 = v[2], v3 = v[3];
     R *a = to, *b = to + maps.n * maps.c;
-    for (i64 i = 0; i < maps.n; i++) {
-      const double mean = samples.mean[i], variance = v2 * samples.variance[i] + eps;
+    for (i64 i = 0; i < maps.n; i++)
 #pragma omp simd
       for (i64 j = 0; j < maps.c; j++) {
-        const i64 map = i * maps.c + j;
-        const double mu = double(maps.mean[map]), t = w2 * (mu - mean) + w3 * (mu - batch.mean[j]);
-        const double inside = v1 * own(map) + variance + v3 * batch.variance[j];
-        const double scale = gamma[j] / std::sqrt(inside);
-        a[map] = R(scale), b[map] = R(scale * t + beta[j]);
+        const Point at = point(i, j);
+        const double scale = gamma[j] / std::sqrt(at.inside);
+        a[i * maps.c + j] = R(scale), b[i * maps.c + j] = R(scale * at.t + beta[j]);
       }
-    }
   }
 
   // From sums of the gradients of a and b on each map, the gradients of its mean, over m, and of its
   // variance, times 2 / m: h and k of maps.cpp, of a line about the map's mean. And of parameters.
   void pull(const R *sums, const R *of, i64 members, R *k, R *h) {
     const i64 n = maps.n, c = maps.c;
-    const double eps = m.eps, w2 = w[2], w3 = w[3], v1 = v[1], v2 = v[2], v3 = v[3];
     Reals dt(std::size_t(n * c)), dinside(std::size_t(n * c)), dgamma(std::size_t(c), 0.0);
     Reals dbeta = dgamma;
     double dw[4] = {}, dv[4] = {};
     for (i64 i = 0; i < n; i++) {
-      const double mean = samples.mean[i], variance = samples.variance[i];
       double to_mean = 0, to_variance = 0, dw2 = 0, dw3 = 0, dv1 = 0, dv3 = 0;
 #pragma omp simd reduction(+ : to_mean, to_variance, dw2, dw3, dv1, dv3)
       for (i64 j = 0; j < c; j++) {
         const i64 map = i * c + j;
         const double da = double(sums[map]), db = double(sums[n * c + map]);
-        const double mu = double(maps.mean[map]), single = own(map);
-        const double off2 = mu - mean, off3 = mu - batch.mean[j], t = w2 * off2 + w3 * off3;
-        const double inside = v1 * single + v2 * variance + v3 * batch.variance[j] + eps;
-        const double s = 1.0 / std::sqrt(inside), ds = da + db * t;
+        const Point at = point(i, j);
+        const double s = 1.0 / std::sqrt(at.inside), ds = da + db * at.t;
         const double step = gamma[j] * s * db, slope = -0.5 * gamma[j] * ds * s * s * s;
         dgamma[j] += s * ds, dbeta[j] += db;
         dt[map] = step, dinside[map] = slope;
         to_mean += step, to_variance += slope;
-        dw2 += step * off2, dw3 += step * off3;
-        dv1 += slope * single, dv3 += slope * batch.variance[j];
+        dw2 += step * at.off2, dw3 += step * at.off3;
+        dv1 += slope * at.own, dv3 += slope * batch.variance[j];
         batch.dmean[j] += step, batch.dvariance[j] += slope;
       }
       samples.dmean[i] = to_mean, samples.dvariance[i] = to_variance;
-      dw[2] += dw2, dw[3] += dw3, dv[1] += dv1, dv[2] += to_variance * variance, dv[3] += dv3;
+      dw[2] += dw2, dw[3] += dw3, dv[1] += dv1, dv[3] += dv3;
+      dv[2] += to_variance * samples.variance[i];
     }
     // 0 even where what was summed is NaN
     if (!has(2)) samples.dmean.assign(n, 0), samples.dvariance.assign(n, 0);
     if (!has(3) || batch.fixed) batch.dmean.assign(c, 0), batch.dvariance.assign(c, 0);
-    const double s2 = v2 / double(c), s3 = v3 / double(n), all = double(members);
-    const double m2 = w2 / double(c), m3 = w3 / double(n);
+    const double s2 = v[2] / double(c), s3 = v[3] / double(n), all = double(members);
+    const double m2 = w[2] / double(c), m3 = w[3] / double(n);
     for (i64 i = 0; i < n; i++) {
-      const double mean = samples.mean[i], from_mean = samples.dmean[i], from = samples.dvariance[i];
+      const double from_mean = samples.dmean[i], from = samples.dvariance[i];
 #pragma omp simd
       for (i64 j = 0; j < c; j++) {
         const i64 map = i * c + j;
-        const double mu = double(maps.mean[map]), g2 = s2 * from, g3 = s3 * batch.dvariance[j];
-        double dmean = (w2 + w3) * dt[map] - m2 * from_mean - m3 * batch.dmean[j];
-        // where nothing flows, it does not matter that mu is NaN
-        dmean += g2 != 0.0 ? 2.0 * g2 * (mu - mean) : 0.0;
-        dmean += g3 != 0.0 ? 2.0 * g3 * (mu - batch.mean[j]) : 0.0;
-        const double dvariance = (has_own ? v1 * dinside[map] : 0.0) + g2 + g3;
+        const double g2 = s2 * from, g3 = s3 * batch.dvariance[j];
+        const Point at = point(i, j);
+        double dmean = (w[2] + w[3]) * dt[map] - m2 * from_mean - m3 * batch.dmean[j];
+        // where nothing flows, it does not matter that a mean is NaN
+        dmean += g2 != 0.0 ? 2.0 * g2 * at.off2 : 0.0;
+        dmean += g3 != 0.0 ? 2.0 * g3 * at.off3 : 0.0;
+        const double dvariance = (has_own ? v[1] * dinside[map] : 0.0) + g2 + g3;
         h[map] = R((dmean - double(of[map]) * double(sums[n * c + map])) / all);
         k[map] = R(dvariance * 2.0 / all);
       }
@@ -222,6 +221,11 @@ template <class R> class Wider {
   Batch<R> batch;
   const Reals gamma, beta, v;
 
+  double own(i64 map) const {
+    return std::sqrt(m.correction * double(maps.variance[map]) + m.eps);
+  }
+  double shared(i64 j) const { return std::sqrt(batch.variance[j] + m.eps); }
+
 public:
   static constexpr i64 coefficients = 5;
   Wider(const Middle &given, i64 n, i64 c)
@@ -233,14 +237,14 @@ public:
   void fill(R *to) const {
     const i64 all = maps.n * maps.c;
     R *a = to, *b = a + all, *slope = b + all, *d = slope + all, *s = d + all;
-    Reals deviation(batch.variance);
-    for (double &x : deviation) x = std::sqrt(x + m.eps);
+    Reals deviation(std::size_t(maps.c), 0.0);
+    for (i64 j = 0; j < maps.c; j++) deviation[j] = shared(j);
     for (i64 i = 0; i < maps.n; i++)
 #pragma omp simd
       for (i64 j = 0; j < maps.c; j++) {
         const i64 map = i * maps.c + j;
         a[map] = R(gamma[j]), b[map] = R(beta[j]), slope[map] = R(v[j]), d[map] = R(deviation[j]);
-        s[map] = R(std::sqrt(m.correction * double(maps.variance[map]) + m.eps));
+        s[map] = R(own(map));
       }
   }
 
@@ -257,14 +261,13 @@ public:
     // d sqrt(c x + eps) / dx = c / (2 sqrt(c x + eps)), of samples and, over these, of the batch
     for (i64 j = 0; j < c; j++) {
       double &rate = batch.dvariance[j];
-      rate = batch.fixed ? 0.0 : rate / std::sqrt(batch.variance[j] + m.eps) * (0.5 / double(n));
+      rate = batch.fixed ? 0.0 : rate / shared(j) * (0.5 / double(n));
     }
     for (i64 i = 0; i < n; i++)
 #pragma omp simd
       for (i64 j = 0; j < c; j++) {
         const i64 map = i * c + j;
-        const double own = std::sqrt(m.correction * double(maps.variance[map]) + m.eps);
-        const double slope = double(sums[4 * all + map]) / own * (0.5 * m.correction);
+        const double slope = double(sums[4 * all + map]) / own(map) * (0.5 * m.correction);
         const double off = double(maps.mean[map]) - batch.mean[j], rate = batch.dvariance[j];
         h[map] = R(batch.fixed ? 0.0 : 2.0 * rate * off / double(members));
         k[map] = R((slope + rate) * 2.0 / double(members));

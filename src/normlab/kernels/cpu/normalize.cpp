@@ -423,20 +423,16 @@ template <int A, class T> void backward(const Call &k) {
   T *dx = static_cast<T *>(k.dx);
   Totals totals(std::min(k.n / k.bn, TASKS), k.c);
   in_columns(k) ? backward_columns<A>(job, dy, dx, totals) : backward_rows<A>(job, dy, dx, totals);
-  const auto finish = [&](int kind, Flag which, void *into) {
-    if (into) give<R>(k, which, totals.sum(kind), into);
-  };
-  finish(0, BETA, k.dbeta);
-  if (!k.corr_r) {
-    finish(1, GAMMA, k.dgamma);
-  } else if (k.dgamma) { // of gamma (x r + d) + beta; the sum for beta has been taken, if it is wanted
-    const double *shift = k.dbeta ? totals.part.data() : totals.sum(0), *scale = totals.sum(1);
+  const auto sum = [&](int kind, bool wanted) { return wanted ? totals.sum(kind) : nullptr; };
+  const bool corrected = k.corr_r && k.dgamma; // of gamma (x r + d) + beta
+  const double *s0 = sum(0, k.dbeta || corrected), *s1 = sum(1, k.dgamma), *s2 = sum(2, k.dtau);
+  std::vector<double> both(corrected ? std::size_t(k.c) : 0);
+  if (corrected) {
     const R *r = static_cast<const R *>(k.corr_r), *d = static_cast<const R *>(k.corr_d);
-    std::vector<double> found(std::size_t(k.c));
-    for (i64 c = 0; c < k.c; c++) found[c] = scale[c] * double(r[c]) + shift[c] * double(d[c]);
-    give<R>(k, GAMMA, found.data(), k.dgamma);
+    for (i64 c = 0; c < k.c; c++) both[c] = s1[c] * double(r[c]) + s0[c] * double(d[c]);
+    s1 = both.data();
   }
-  finish(2, TAU, k.dtau);
+  give<R>(k, BETA, s0, k.dbeta), give<R>(k, GAMMA, s1, k.dgamma), give<R>(k, TAU, s2, k.dtau);
 }
 
 // f(activation, element), as `chosen`, which has what all kernels have.
@@ -464,4 +460,4 @@ EXPORT int normlab_backward(const Call *call, int dtype) noexcept {
 // For all kernels of the library, from the next call on.
 EXPORT void normlab_stream_from(i64 bytes) noexcept { normlab_streamed = bytes; }
 
-EXPORT int normlab_abi() noexcept { return 10; }
+EXPORT int normlab_abi() noexcept { return 11; }
