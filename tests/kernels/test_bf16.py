@@ -94,6 +94,31 @@ def test_sums_that_cancel_are_rounded_once():
         assert all(units(found[key], value) <= 1 for key, value in exact.items()), name
 
 
+@pytest.mark.parametrize("order", ["first", "columns"])
+@pytest.mark.parametrize("deviations", [3.0, 5.0, 60.0])
+def test_means_far_from_zero(deviations, order):
+    """Sums about zero serve where the mean is near; where it is not, digits would cancel."""
+    for name in ("batch", "instance", "layer", "group", "position", "switchable", "variance"):
+        layer, x, dy = problem(name, {}, (6, 64, 9, 8))
+        x = x.float() - x.float().mean() + deviations * x.float().std()
+        x = torch.cat([x[:3], -x[3:]]).bfloat16()  # one mean is near again where samples share it
+        x, dy = arranged(x, order), arranged(dy, order)
+        exact = results(copy.deepcopy(layer).double(), x.double(), dy.double(), "reference")
+        found = results(layer, x, dy)
+        assert all(units(found[key], value) <= 1 for key, value in exact.items()), name
+
+
+def test_one_area_far_from_zero_among_others():
+    """Whichever it is: means of all channels decide together, in the order that vectors have them."""
+    for channel in range(35):
+        layer, x, dy = problem("instance", {}, (2, 35, 5, 7))
+        x[:, channel] = (1 + x[:, channel].float() / 64).bfloat16()
+        x, dy = arranged(x, "columns"), arranged(dy, "columns")
+        exact = results(copy.deepcopy(layer).double(), x.double(), dy.double(), "reference")
+        found = results(layer, x, dy)
+        assert all(units(found[key], value) <= 1 for key, value in exact.items()), channel
+
+
 def test_torch_operations_in_bfloat16_are_not():
     """What is rounded at every step is far over the bound, which is thus no loose one."""
     for name, options, native in (

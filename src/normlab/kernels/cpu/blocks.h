@@ -77,6 +77,7 @@ template <class T> i64 block_channels(const Shape &s) {
 // Working memory for a block of channels.
 template <class R> struct Room {
   i64 padded;         // channels, rounded up to whole vectors
+  bool dots = false;  // whether second sums of the gradient are of g x, and not yet of g (x - mu)
   Lines<R> l;         // coefficients of each channel
   R *shift, *origin;  // of each channel and of each area, about which moments are taken
   R *lanes;           // sums in R
@@ -84,16 +85,17 @@ template <class R> struct Room {
   double *mean, *moment, *inverse; // of each area
   R *kept = nullptr;               // slopes of each element, if there is room for any
 
-  Room(i64 channels, i64 sums, i64 slopes = 0)
-      : padded((channels + LANES<R> - 1) / LANES<R> * LANES<R>) {
-    constexpr i64 line = 64 / i64(sizeof(R)); // vectors that cross lines of the cache are slow
-    short_.resize(10 * padded + sums + 2 * line + slopes);
+  // Of sums, so many for each channel and so many beside.
+  Room(i64 channels, i64 kinds, i64 more, i64 slopes = 0)
+      : padded(in_vectors<bf16>(channels)) { // of which others are parts
+    constexpr i64 line = 64 / i64(sizeof(R));
+    const i64 sums = (kinds * padded + more + line - 1) / line * line;
+    short_ = Zeros<R>(10 * padded + sums + slopes);
     long_.resize(8 * channels);
-    auto address = reinterpret_cast<std::uintptr_t>(short_.data());
-    R *next = short_.data() + (64 - address % 64) % 64 / sizeof(R);
+    R *next = short_.data();
     for (R **p : {&l.mu, &l.a, &l.b, &l.tau, &l.p1, &l.mub, &l.k, &l.h, &shift, &origin, &lanes})
       *p = next, next += padded;
-    if (slopes) kept = lanes + (sums + line - 1) / line * line;
+    if (slopes) kept = lanes + sums;
     double *from = long_.data();
     for (double **p : {&s[0], &s[1], &s[2], &mean, &moment, &inverse, &weighted[0], &weighted[1]})
       *p = from, from += channels;
@@ -101,7 +103,7 @@ template <class R> struct Room {
   double *weighted[2]; // sums of each area, with the weights of its channels
 
 private:
-  std::vector<R> short_;
+  Zeros<R> short_{0};
   std::vector<double> long_;
 };
 
@@ -115,6 +117,24 @@ template <class F> inline void each_channel(i64 areas, i64 bc, F f) {
   for (i64 g = 0; g < areas; g++)
 #pragma omp simd
     for (i64 j = 0; j < bc; j++) f(g * bc + j, g);
+}
+
+// The number about which moments are first taken: an element, or 0 where that takes less.
+template <class T, class R> inline R first_origin(const Job<T, R> &job, i64 at) {
+  return job.op.uses_mean() && !DOTTED<T> ? R(load(job.x, at)) : R(0);
+}
+
+// Whether sums of g x serve for those of g (x - mu): means are within 4 deviations, so that few
+// digits cancel.
+template <class T, class R> inline bool near_zero(const Job<T, R> &job, i64 areas, const Room<R> &room) {
+  if (!DOTTED<T> || !job.op.shift) return DOTTED<T>;
+  bool near = true;
+  for (i64 g = 0; g < areas; g++) {
+    const double square = room.mean[g] * room.mean[g];
+    const double variance = room.moment[g] - (job.op.about_mean ? 0.0 : square);
+    near &= square == 0 || (job.op.scale && square <= 16 * variance);
+  }
+  return near;
 }
 
 template <class R> inline void invert(const Op &op, i64 areas, Room<R> &room) {
@@ -217,6 +237,8 @@ void slopes(const Job<T, R> &job, i64 c0, i64 areas, i64 first, Room<R> &room) {
   const R *gamma = job.gamma + c0;
   double *s0 = room.s[0], *s1 = room.s[1], *h0 = room.weighted[0], *h1 = room.weighted[1];
   const double *mean = room.mean, *moment = room.moment, *inverse = room.inverse;
+  if (room.dots && op.shift)
+    each_channel(areas, bc, [&](i64 c, i64 g) { s1[c] -= mean[g] * s0[c]; });
   each_channel(areas, bc, [&](i64 c, i64 g) { s1[c] *= inverse[g]; });
   double *s2 = room.s[2];
   if (op.gated) each_channel(areas, bc, [&](i64 c, i64 g) { s2[c] *= double(gamma[c]) * inverse[g]; });

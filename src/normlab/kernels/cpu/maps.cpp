@@ -8,8 +8,6 @@
 // Orders of memory are those of normalize.cpp. Sums over a map are partial sums in R, in double from
 // there on, in an order that depends on the shape alone.
 
-#include <utility>
-
 #include "middles.h"
 #include "stream.h"
 
@@ -98,29 +96,55 @@ template <class T, class R> struct Job {
   }
 };
 
-// The coefficients of the vector of maps that `at` reads from map j on, or of map j for all lanes.
-template <class F, class R, class Read>
-inline Coefficients<V<R>> gathered(const Numbers<R> &of, Read read) {
+// The coefficients of the maps that `read` takes a vector of.
+template <class F, class T, class R, class Read>
+inline Coefficients<V<T>> gathered(const Numbers<R> &of, Read read) {
   constexpr int K = F::coefficients;
-  const V<R> zero{};
+  const V<T> zero{};
   if (K == 2) return {read(of.mean), read(of.a), read(of.b), zero, zero, zero};
-  const V<R> d = read(of.d), s = read(of.s);
-  return {read(of.mean), read(of.a), read(of.b), read(of.v), d, d == d ? s : d};
+  const auto wanting = [](auto d, auto s) { return d == d ? s : d; };
+  const V<T> d = read(of.d), s = read(of.s);
+  return {read(of.mean), read(of.a), read(of.b), read(of.v), d, apart(wanting, d, s)};
 }
-template <class F, class R> inline Coefficients<V<R>> of_map(const Numbers<R> &of) {
-  return gathered<F>(of, [](const R *q) { return all<R>(*q); });
+// Those of one map, alike in all lanes; and those of a vector of channels.
+template <class F, class T, class R> inline Coefficients<V<T>> of_map(const Numbers<R> &of) {
+  return gathered<F, T>(of, [](const R *q) { return all<T>(*q); });
 }
-template <class F, class R, class At>
-inline Coefficients<V<R>> of_channels(const Numbers<R> &of, i64 j, At at) {
-  return gathered<F>(of, [&](const R *q) { return at.read(q + j, V<R>{}); });
+template <class F, class T, class R>
+inline Coefficients<V<T>> of_channels(const Numbers<R> &of, i64 j) {
+  return gathered<F, T>(of, [&](const R *q) { return take<T>(q + j); });
 }
 
-// f(0), ..., f(K - 1), each known to the compiler, which then keeps arrays of K in registers.
-template <class F, int... I> inline void each_of(std::integer_sequence<int, I...>, F f) {
-  (f(std::integral_constant<int, I>{}), ...);
+// Coefficients of one register of a vector, and curves of all.
+template <int H, class X> inline auto only(const Coefficients<X> &q) {
+  return Coefficients<decltype(only<H>(q.a))>{only<H>(q.mu), only<H>(q.a), only<H>(q.b),
+                                              only<H>(q.v),  only<H>(q.d), only<H>(q.s)};
 }
-template <int K, class F> inline void each_of(F f) {
-  each_of(std::make_integer_sequence<int, K>{}, f);
+template <class F, class X> inline X value_of(X x, const Coefficients<X> &q) {
+  if constexpr (PAIRED<X>) return {F::value(x.even, only<0>(q)), F::value(x.odd, only<1>(q))};
+  else return F::value(x, q);
+}
+template <class F, class X> inline X through_of(X x, X g, const Coefficients<X> &q) {
+  if constexpr (PAIRED<X>)
+    return {F::through(x.even, g.even, only<0>(q)), F::through(x.odd, g.odd, only<1>(q))};
+  else return F::through(x, g, q);
+}
+
+// Numbers that there are for each channel, one kind after the other, in whole vectors.
+constexpr i64 KINDS = 8;
+template <class F, class T, class R> Numbers<R> arranged(const Numbers<R> &of, i64 c, R *room) {
+  const i64 width = in_vectors<T>(c);
+  const auto copy = [&](const R *from, i64 i) {
+    R *to = room + i * width;
+    std::copy(from, from + c, to);
+    std::fill(to + c, to + width, R(0));
+    arrange<T>(to, width);
+    return to;
+  };
+  const Numbers<R> line{copy(of.mean, 0), copy(of.k, 1), copy(of.h, 2), copy(of.a, 3), copy(of.b, 4),
+                        of.v, of.d, of.s};
+  if (F::coefficients == 2) return line;
+  return {line.mean, line.k, line.h, line.a, line.b, copy(of.v, 5), copy(of.d, 6), copy(of.s, 7)};
 }
 
 constexpr i64 CHUNK = 4096; // elements of a row, and
@@ -130,9 +154,9 @@ constexpr i64 STEP = 128;   // rows of a column, that are summed in R before sum
 
 template <class F, class T, class R>
 void apply_row(const T *x, T *y, i64 p, const Numbers<R> &of, Out &out) {
-  const Coefficients<V<R>> q = of_map<F>(of);
-  out.sweep_to<R>(y, p, [&](i64 i, auto at) {
-    at.write(y + i, F::value(at.read(x + i, V<R>{}), q));
+  const Coefficients<V<T>> q = of_map<F, T>(of);
+  out.sweep_to<T>(y, p, [&](i64 i, auto at) {
+    at.write(y + i, value_of<F>(at.read(x + i, V<T>{}), q));
   });
 }
 
@@ -140,40 +164,44 @@ void apply_row(const T *x, T *y, i64 p, const Numbers<R> &of, Out &out) {
 template <class F, class T, class R>
 void sum_row(const T *x, const T *dy, i64 p, const Numbers<R> &of, double *sums) {
   constexpr int K = F::coefficients;
-  const Coefficients<V<R>> q = of_map<F>(of);
+  const Coefficients<V<R>> q = of_map<F, R>(of);
   for (i64 first = 0; first < p; first += CHUNK) {
     const i64 last = std::min(first + CHUNK, p);
     V<R> s[K] = {}, one[K];
     i64 i = first; // not by `sweep`: sums that a function has by reference are kept in memory
-    for (; i + LANES<R> <= last; i += LANES<R>) {
-      F::terms(take<R>(x + i), take<R>(dy + i), q, one);
-      each_of<K>([&](auto j) { s[j] += one[j]; });
+    for (; i + LANES<T> <= last; i += LANES<T>) {
+      const V<T> e = take<T>(x + i), g = take<T>(dy + i);
+      each_of<REGISTERS<T>>([&](auto h) {
+        F::terms(only<h>(e), only<h>(g), q, one);
+        each_of<K>([&](auto j) { s[j] += one[j]; });
+      });
     }
     if (i < last) {
-      const Part<R> at{last - i};
-      const V<R> zero{};
-      F::terms(at.read(x + i, zero), at.read(dy + i, zero), q, one);
-      each_of<K>([&](auto j) { s[j] += at.live(one[j]); });
+      const Part<T> at{last - i};
+      const V<T> e = at.read(x + i, V<T>{}), g = at.read(dy + i, V<T>{}), live = at.live(all<T>(1));
+      each_of<REGISTERS<T>>([&](auto h) {
+        F::terms(only<h>(e), only<h>(g), q, one);
+        each_of<K>([&](auto j) { s[j] += only<h>(live) != V<R>{} ? one[j] : V<R>{}; });
+      });
     }
     each_of<K>([&](auto j) { sums[j] += total<R>(s[j]); });
   }
   F::finish(sums, 1, double(of.a[0]), double(of.d[0]));
 }
 
-// What flows through the moments; where nothing does, what x holds does not matter, be it NaN.
-template <class X> inline X of_moments(X x, X mu, X k, X h) {
-  const X zero{};
-  return (k != zero ? (x - mu) * k : zero) + h;
+// dx, with what flows through the moments.
+template <class F, class X>
+inline X gradient_of(X x, X g, const Coefficients<X> &q, X minus_k, X h) {
+  return less_through(through_of<F>(x, g, q) + h, x - q.mu, minus_k);
 }
 
 template <class F, class T, class R>
 void gradient_row(const T *x, const T *dy, T *dx, i64 p, const Numbers<R> &of, Out &out) {
-  const Coefficients<V<R>> q = of_map<F>(of);
-  const V<R> k = all<R>(of.k[0]), h = all<R>(of.h[0]);
-  out.sweep_to<R>(dx, p, [&](i64 i, auto at) {
-    V<R> e = at.read(x + i, V<R>{});
-    V<R> direct = F::through(e, at.read(dy + i, V<R>{}), q);
-    at.write(dx + i, direct + of_moments<V<R>>(e, q.mu, k, h));
+  const Coefficients<V<T>> q = of_map<F, T>(of);
+  const V<T> k = all<T>(-of.k[0]), h = all<T>(of.h[0]);
+  out.sweep_to<T>(dx, p, [&](i64 i, auto at) {
+    const V<T> e = at.read(x + i, V<T>{}), g = at.read(dy + i, V<T>{});
+    at.write(dx + i, gradient_of<F>(e, g, q, k, h));
   });
 }
 
@@ -185,36 +213,42 @@ template <class F, class T, class R>
 void apply_columns(const T *x, i64 xp, T *y, i64 yp, i64 rows, i64 c, const Numbers<R> &of,
                    Out &out) {
   row_by_row<T>(rows, c, [&](i64 r, auto count) {
-    out.sweep_to<R>(y + r * yp, c, [&](i64 j, auto at) {
-      const Coefficients<V<R>> q = of_channels<F>(of, j, at);
+    out.sweep_to<T>(y + r * yp, c, [&](i64 j, auto at) {
+      const Coefficients<V<T>> q = of_channels<F, T>(of, j);
       for (i64 i = r; i < r + count; i++)
-        at.write(y + i * yp + j, F::value(at.read(x + i * xp + j, V<R>{}), q));
+        at.write(y + i * yp + j, value_of<F>(at.read(x + i * xp + j, V<T>{}), q));
     });
   }, SHORT);
 }
 
-// Adds to `sums`, C for each coefficient, by way of as many in `work`.
+// Adds to `sums`, C for each coefficient, by way of whole vectors in `work`.
 template <class F, class T, class R>
 void sum_columns(const T *x, i64 xp, const T *dy, i64 gp, i64 rows, i64 c, const Numbers<R> &of,
                  double *sums, R *work) {
   constexpr int K = F::coefficients;
   for (i64 first = 0; first < rows; first += STEP) {
     i64 last = std::min(first + STEP, rows);
-    std::fill(work, work + K * c, R(0));
-    row_by_row<T>(last - first, c, [&](i64 r, auto count) {
-      sweep<R>(c, [&](i64 j, auto at) {
-        const Coefficients<V<R>> q = of_channels<F>(of, j, at);
-        const V<R> zero{};
-        V<R> one[K], s[K];
-        each_of<K>([&](auto k) { s[k] = at.read(work + k * c + j, zero); });
-        for (i64 i = first + r; i < first + r + count; i++) {
-          F::terms(at.read(x + i * xp + j, zero), at.read(dy + i * gp + j, zero), q, one);
-          each_of<K>([&](auto k) { s[k] += one[k]; });
-        }
-        each_of<K>([&](auto k) { at.write(work + k * c + j, s[k]); });
+    const i64 width = in_vectors<T>(c);
+    std::fill(work, work + K * width, R(0));
+    tile_by_tile<T>(last - first, c, [&](i64 r, i64 count) {
+      sweep<T>(c, [&](i64 j, auto at) {
+        each_of<REGISTERS<T>>([&](auto h) { // apart, since sums and coefficients fill all that there are
+          const Coefficients<V<R>> q = only<h>(of_channels<F, T>(of, j));
+          R *to = work + j + h * LANES<R>;
+          V<R> one[K], s[K];
+          each_of<K>([&](auto k) { s[k] = take<R>(to + k * width); });
+          for (i64 i = first + r; i < first + r + count; i++) {
+            if (h == 0) soon(x + (i + count) * xp + j), soon(dy + (i + count) * gp + j);
+            const V<T> e = at.read(x + i * xp + j, V<T>{}), g = at.read(dy + i * gp + j, V<T>{});
+            F::terms(only<h>(e), only<h>(g), q, one);
+            each_of<K>([&](auto k) { s[k] += one[k]; });
+          }
+          each_of<K>([&](auto k) { put<R>(to + k * width, s[k]); });
+        });
       });
-    }, SHORT);
-    for (i64 j = 0; j < K * c; j++) sums[j] += double(work[j]);
+    });
+    for (int k = 0; k < K; k++)
+      for (i64 j = 0; j < c; j++) sums[k * c + j] += double(work[k * width + place<T>(j)]);
   }
 }
 
@@ -222,13 +256,12 @@ template <class F, class T, class R>
 void gradient_columns(const T *x, i64 xp, const T *dy, i64 gp, T *dx, i64 yp, i64 rows, i64 c,
                       const Numbers<R> &of, Out &out) {
   row_by_row<T>(rows, c, [&](i64 r, auto count) {
-    out.sweep_to<R>(dx + r * yp, c, [&](i64 j, auto at) {
-      const Coefficients<V<R>> q = of_channels<F>(of, j, at);
-      const V<R> k = at.read(of.k + j, V<R>{}), h = at.read(of.h + j, V<R>{});
+    out.sweep_to<T>(dx + r * yp, c, [&](i64 j, auto at) {
+      const Coefficients<V<T>> q = of_channels<F, T>(of, j);
+      const V<T> zero{}, k = zero - take<T>(of.k + j), h = take<T>(of.h + j);
       for (i64 i = r; i < r + count; i++) {
-        V<R> e = at.read(x + i * xp + j, V<R>{});
-        V<R> direct = F::through(e, at.read(dy + i * gp + j, V<R>{}), q);
-        at.write(dx + i * yp + j, direct + of_moments<V<R>>(e, q.mu, k, h));
+        const V<T> e = at.read(x + i * xp + j, zero), g = at.read(dy + i * gp + j, zero);
+        at.write(dx + i * yp + j, gradient_of<F>(e, g, q, k, h));
       }
     });
   }, SHORT);
@@ -254,21 +287,25 @@ template <class T, class R> i64 parts_of(const Job<T, R> &job) {
   return std::max<i64>(1, std::min<i64>(64 / std::max<i64>(1, job.n), job.p / 64));
 }
 
-// Calls f(sample, number of the part, first position, positions, out) for all parts of all samples.
-template <class T, class R, class Call> void each_part(const Job<T, R> &job, Call f) {
-  const i64 parts = parts_of(job);
+// Calls f(sample, number of the part, first position, positions, numbers, out) for all parts of all
+// samples.
+template <class F, class T, class R, class Call> void each_part(const Job<T, R> &job, Call f) {
+  const i64 parts = parts_of(job), room = KINDS * in_vectors<T>(job.c);
+  Zeros<R> numbers(room * omp_get_max_threads());
   share_out(job.n * parts, streamed(job, true), [&](i64 unit, Out &out) {
     i64 n = unit / parts, i = unit % parts, first = job.p * i / parts;
-    f(n, unit, first, job.p * (i + 1) / parts - first, out);
+    const Numbers<R> of = arranged<F, T>(job.from(n * job.c), job.c,
+                                         numbers.data() + room * omp_get_thread_num());
+    f(n, unit, first, job.p * (i + 1) / parts - first, of, out);
   });
 }
 
 template <class F, class T, class R> void apply(const Job<T, R> &job, bool columns) {
   const Strides &xs = job.xs, &ys = job.ys;
   if (columns)
-    each_part(job, [&](i64 n, i64, i64 p, i64 rows, Out &out) {
+    each_part<F>(job, [&](i64 n, i64, i64 p, i64 rows, const Numbers<R> &of, Out &out) {
       apply_columns<F>(job.x + n * xs.n + p * xs.p, xs.p, job.out + n * ys.n + p * ys.p, ys.p, rows,
-                       job.c, job.from(n * job.c), out);
+                       job.c, of, out);
     });
   else
     each_row(job, [&](i64 n, i64 c, Out &out) {
@@ -288,13 +325,13 @@ template <class F, class T, class R> void sum(const Job<T, R> &job, bool columns
                  totals);
       for (int j = 0; j < K; j++) job.sums[j * job.n * job.c + map] = R(totals[j]);
     });
-  i64 parts = parts_of(job), width = K * job.c;
+  i64 parts = parts_of(job), width = K * job.c, room = K * in_vectors<T>(job.c);
   std::vector<double> totals(job.n * parts * width);
-  std::vector<R> work(job.n * parts * width);
-  each_part(job, [&](i64 n, i64 unit, i64 p, i64 rows, Out &) {
+  Zeros<R> work(room * omp_get_max_threads());
+  each_part<F>(job, [&](i64 n, i64 unit, i64 p, i64 rows, const Numbers<R> &of, Out &) {
     sum_columns<F>(job.x + n * xs.n + p * xs.p, xs.p, job.dy + n * gs.n + p * gs.p, gs.p, rows,
-                   job.c, job.from(n * job.c), totals.data() + unit * width,
-                   work.data() + unit * width);
+                   job.c, of, totals.data() + unit * width,
+                   work.data() + room * omp_get_thread_num());
   });
   for (i64 n = 0; n < job.n; n++) {
     double *all = totals.data() + n * parts * width;
@@ -310,10 +347,9 @@ template <class F, class T, class R> void sum(const Job<T, R> &job, bool columns
 template <class F, class T, class R> void gradient(const Job<T, R> &job, bool columns) {
   const Strides &xs = job.xs, &gs = job.gs, &ys = job.ys;
   if (columns)
-    each_part(job, [&](i64 n, i64, i64 p, i64 rows, Out &out) {
+    each_part<F>(job, [&](i64 n, i64, i64 p, i64 rows, const Numbers<R> &of, Out &out) {
       gradient_columns<F>(job.x + n * xs.n + p * xs.p, xs.p, job.dy + n * gs.n + p * gs.p, gs.p,
-                          job.out + n * ys.n + p * ys.p, ys.p, rows, job.c, job.from(n * job.c),
-                          out);
+                          job.out + n * ys.n + p * ys.p, ys.p, rows, job.c, of, out);
     });
   else
     each_row(job, [&](i64 n, i64 c, Out &out) {

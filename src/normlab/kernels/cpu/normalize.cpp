@@ -59,7 +59,7 @@ void measure_rows(const Job<T, R> &job, i64 n0, i64 c0, i64 width, i64 first, Ro
   // Channels that lie one after the other, and belong to one area, are one run.
   const i64 channels = job.xs.c == s.p ? s.bc : 1, areas = width / s.bc, each = s.bc / channels;
   for (i64 g = 0; g < areas; g++)
-    room.origin[g] = job.op.uses_mean() ? load(job.x, job.xs.row(n0, c0 + g * s.bc)) : R(0);
+    room.origin[g] = first_origin(job, job.xs.row(n0, c0 + g * s.bc));
   for (bool again = true, second = false; again; second = true) {
     walk_rows(s, n0, width / channels, channels, room, 2,
               [&](i64 r, i64 n, i64 from, i64 count, R *lanes) {
@@ -107,7 +107,7 @@ void blocks_of_rows(const Shape &s, int kinds, bool keep, bool streams, F f) {
   const i64 outer = s.n / s.bn;
   std::vector<Room<R>> rooms;
   for (int i = 0; i < omp_get_max_threads(); i++)
-    rooms.emplace_back(plan.width, plan.width * kinds * LANES<R>,
+    rooms.emplace_back(plan.width, 0, plan.width * kinds * LANES<R>,
                        keep ? slopes_kept(s, plan.width) : 0);
   share_out(plan.bundles * plan.stripes, streams, [&](i64 task, Out &out) {
     const i64 bundle = task / plan.stripes, stripe = task % plan.stripes;
@@ -148,10 +148,12 @@ void backward_rows(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) {
     const i64 first = s.area(n0, c0), areas = width / s.bc;
     given(job, first, areas, room);
     lines(job, c0, areas, room);
+    room.dots = near_zero(job, areas, room) && STRAIGHT<A>;
     walk_rows(s, n0, width, 1, room, 3, [&](i64 j, i64 n, i64 from, i64 count, R *lanes) {
       run_sums<A, T, R>(job.x + job.xs.row(n, c0 + j) + from, dy + job.gs.row(n, c0 + j) + from,
                         along<A>(job.r, job.ys.row(n, c0 + j) + from),
-                        room.kept ? room.kept + j * s.p + from : nullptr, count, room.l, j, lanes);
+                        room.kept ? room.kept + j * s.p + from : nullptr, count, room.l, j, lanes,
+                        room.dots);
     });
     slopes(job, c0, areas, first, room);
     totals.add(bundle, c0, width, room.s);
@@ -171,9 +173,17 @@ void backward_rows(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) {
 
 constexpr i64 ROWS = 512; // summed in R before the sums go to double
 
-// Sums over rows: `add(from, rows)` adds some to `room.lanes`, which go to `sums`, one after the
-// other for each kind.
-template <class R, class Add>
+// Puts lines where vectors of T take them.
+template <class T, class R> void arrange_lines(const Lines<R> &l, i64 padded) {
+  for (R *numbers : {l.mu, l.a, l.b, l.tau}) arrange<T>(numbers, padded);
+}
+template <class T, class R> void arrange_slopes(const Lines<R> &l, i64 padded) {
+  for (R *numbers : {l.p1, l.mub, l.k, l.h}) arrange<T>(numbers, padded);
+}
+
+// Sums over rows: `add(from, rows)` adds some to `room.lanes`, where vectors of T put them, and they
+// go to `sums`, one after the other for each kind.
+template <class T, class R, class Add>
 void walk_columns(i64 rows, i64 c, Room<R> &room, int kinds, double *sums, Add add) {
   std::fill(sums, sums + kinds * c, 0.0);
   for (i64 from = 0; from < rows; from += ROWS) {
@@ -183,7 +193,7 @@ void walk_columns(i64 rows, i64 c, Room<R> &room, int kinds, double *sums, Add a
       const R *lanes = room.lanes + k * room.padded;
       double *to = sums + k * c;
 #pragma omp simd
-      for (i64 j = 0; j < c; j++) to[j] += double(lanes[j]);
+      for (i64 j = 0; j < c; j++) to[j] += double(lanes[place<T>(j)]);
     }
   }
 }
@@ -206,7 +216,7 @@ void measure_columns(const Job<T, R> &job, i64 n0, i64 first, i64 rows, Room<R> 
                      const R *shift, double *sums) {
   const Shape &s = job.s;
   R *to = room.lanes;
-  walk_columns(rows, s.c, room, 2, sums, [&](i64 from, i64 count) {
+  walk_columns<T>(rows, s.c, room, 2, sums, [&](i64 from, i64 count) {
     runs(s, whole(s, job.xs), n0, first + from, count, [&](i64 n, i64 p, i64 k) {
       const T *x = job.x + job.xs.column(n, p);
       matrix_moments<T, R>(x, job.xs.p, k, s.c, shift, to, to + room.padded);
@@ -216,15 +226,16 @@ void measure_columns(const Job<T, R> &job, i64 n0, i64 first, i64 rows, Room<R> 
 
 template <int A, class T, class R>
 void sums_columns(const Job<T, R> &job, const T *dy, i64 n0, i64 first, i64 rows, Room<R> &room,
-                  const Lines<R> &l, double *sums) {
+                  const Lines<R> &l, bool dots, double *sums) {
   const Shape &s = job.s;
   R *s0 = room.lanes, *s1 = s0 + room.padded, *s2 = s1 + room.padded;
   const bool joined = whole(s, job.xs) && whole(s, job.gs) && (!added(A) || whole(s, job.ys));
-  walk_columns(rows, s.c, room, 3, sums, [&](i64 from, i64 count) {
+  walk_columns<T>(rows, s.c, room, 3, sums, [&](i64 from, i64 count) {
     runs(s, joined, n0, first + from, count, [&](i64 n, i64 p, i64 k) {
       matrix_sums<A, T, R>(job.x + job.xs.column(n, p), job.xs.p, dy + job.gs.column(n, p),
                            job.gs.p, along<A>(job.r, job.ys.column(n, p)), job.ys.p,
-                           room.kept ? room.kept + p * s.c : nullptr, k, s.c, l, s0, s1, s2);
+                           room.kept ? room.kept + p * s.c : nullptr, k, s.c, l, s0, s1, s2,
+                           dots);
     });
   });
 }
@@ -255,10 +266,10 @@ void gradient_columns(const Job<T, R> &job, const T *dy, T *dx, i64 n0, i64 firs
 
 template <class T, class R> void shifts(const Job<T, R> &job, i64 n, Room<R> &room) {
   for (i64 g = 0; g < job.s.groups(); g++)
-    room.origin[g] = job.op.uses_mean() ? load(job.x, n * job.xs.n + g * job.s.bc) : R(0);
+    room.origin[g] = first_origin(job, n * job.xs.n + g * job.s.bc);
 }
-template <class R> void spread_shifts(const Shape &s, Room<R> &room) {
-  for (i64 c = 0; c < s.c; c++) room.shift[c] = room.origin[c / s.bc];
+template <class T, class R> void spread_shifts(const Shape &s, Room<R> &room) {
+  for (i64 c = 0; c < s.c; c++) room.shift[place<T>(c)] = room.origin[c / s.bc];
 }
 
 // Areas of single samples: a thread has whole samples. Areas that span samples are matrices of
@@ -275,7 +286,7 @@ template <class R>
 std::vector<Room<R>> rooms_of_columns(const Shape &s, int kinds, bool keep = false) {
   std::vector<Room<R>> rooms;
   for (int i = 0; i < omp_get_max_threads(); i++)
-    rooms.emplace_back(s.c, kinds * (s.c + LANES<R>), keep ? slopes_kept(s, s.c) : 0);
+    rooms.emplace_back(s.c, kinds, 0, keep ? slopes_kept(s, s.c) : 0);
   return rooms;
 }
 
@@ -313,7 +324,7 @@ void forward_columns(const Job<T, R> &job, T *y, bool measure) {
       if (measure) {
         shifts(job, n, room);
         for (bool again = true, second = false; again; second = true) {
-          spread_shifts(s, room);
+          spread_shifts<T>(s, room);
           measure_columns(job, n, 0, s.p, room, room.shift, room.s[0]);
           again = settle(job, n * groups, groups, s.bc, second, room);
         }
@@ -322,20 +333,21 @@ void forward_columns(const Job<T, R> &job, T *y, bool measure) {
       }
       if (!y) return;
       lines(job, 0, groups, room);
+      arrange_lines<T>(room.l, room.padded);
       apply_columns<A>(job, y, n, 0, s.p, room.l, out);
     });
     return;
   }
   const Pieces pieces(s);
   auto rooms = rooms_of_columns<R>(s, 2);
-  Room<R> common(c, 0);
+  Room<R> common(c, 0, 0);
   std::vector<double> found(measure ? pieces.parts * 2 * c : 0);
   for (i64 block = 0; block < s.n / s.bn; block++) {
     const i64 n0 = block * s.bn;
     if (measure) {
       shifts(job, n0, common);
       for (bool again = true, second = false; again; second = true) {
-        spread_shifts(s, common);
+        spread_shifts<T>(s, common);
         share(pieces.parts, [&](i64 i) {
           measure_columns(job, n0, pieces.from(i), pieces.count(i), rooms[omp_get_thread_num()],
                           common.shift, found.data() + i * 2 * c);
@@ -348,6 +360,7 @@ void forward_columns(const Job<T, R> &job, T *y, bool measure) {
     }
     if (!y) continue;
     lines(job, 0, groups, common);
+    arrange_lines<T>(common.l, common.padded);
     share_out(pieces.parts, streams, [&](i64 i, Out &out) {
       const i64 last = pieces.parts - 1 - i; // what was read last is in cache still
       apply_columns<A>(job, y, n0, pieces.from(last), pieces.count(last), common.l, out);
@@ -364,8 +377,11 @@ void backward_columns(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) 
     samples_of_columns<R>(s, 3, dear(A), streams, [&](i64 bundle, i64 n, Room<R> &room, Out &out) {
       given(job, n * groups, groups, room);
       lines(job, 0, groups, room);
-      sums_columns<A>(job, dy, n, 0, s.p, room, room.l, room.s[0]);
+      arrange_lines<T>(room.l, room.padded);
+      room.dots = near_zero(job, groups, room) && STRAIGHT<A>;
+      sums_columns<A>(job, dy, n, 0, s.p, room, room.l, room.dots, room.s[0]);
       slopes(job, 0, groups, n * groups, room);
+      arrange_slopes<T>(room.l, room.padded);
       totals.add(bundle, 0, c, room.s);
       if (dx) gradient_columns<A>(job, dy, dx, n, 0, s.p, room.l, out, room.kept);
     });
@@ -373,18 +389,21 @@ void backward_columns(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) 
   }
   const Pieces pieces(s);
   auto rooms = rooms_of_columns<R>(s, 3);
-  Room<R> common(c, 0);
+  Room<R> common(c, 0, 0);
   std::vector<double> found(pieces.parts * 3 * c);
   for (i64 block = 0; block < s.n / s.bn; block++) {
     const i64 n0 = block * s.bn;
     given(job, block * groups, groups, common);
     lines(job, 0, groups, common);
+    arrange_lines<T>(common.l, common.padded);
+    common.dots = near_zero(job, groups, common) && STRAIGHT<A>;
     share(pieces.parts, [&](i64 i) {
       sums_columns<A>(job, dy, n0, pieces.from(i), pieces.count(i), rooms[omp_get_thread_num()],
-                      common.l, found.data() + i * 3 * c);
+                      common.l, common.dots, found.data() + i * 3 * c);
     });
     gather(found, pieces.parts, 3, c, common);
     slopes(job, 0, groups, block * groups, common);
+    arrange_slopes<T>(common.l, common.padded);
     totals.add(block % totals.bundles, 0, c, common.s);
     if (!dx) continue;
     share_out(pieces.parts, streams, [&](i64 i, Out &out) {

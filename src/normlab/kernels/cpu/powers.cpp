@@ -219,7 +219,7 @@ template <int A, class T, class R> void forward(Job<T, R> &job) {
   walk<0>(job, none, [&](auto at, auto of, i64 xi, i64, i64 yi, V<R> *) {
     V<R> mu = of(job.mu, at), u = (at.read(job.x() + xi, mu) - mu) * of(job.a, at) + of(job.b, at);
     if (r) u += at.read(r + yi, V<R>{});
-    at.write(y + yi, activate<A, V<R>>(u, of(job.tau, at)));
+    at.write(y + yi, activate<A>(u, of(job.tau, at)));
   });
 }
 
@@ -272,7 +272,7 @@ template <int A, class T, class R> void backward(Job<T, R> &job) {
   auto gradient = [&](auto at, auto of, V<R> z, i64 gi, i64 yi) {
     V<R> u = z * of(job.a, at) + of(job.b, at);
     if (r) u += at.read(r + yi, zero);
-    return slope<A, V<R>>(u, of(job.tau, at), at.read(job.dy() + gi, zero));
+    return slope<A>(u, of(job.tau, at), at.read(job.dy() + gi, zero));
   };
   walk<4>(job, sums, [&](auto at, auto of, i64 xi, i64 gi, i64 yi, V<R> *s) {
     V<R> mu = of(job.mu, at), z = at.read(job.x() + xi, mu) - mu, g = gradient(at, of, z, gi, yi);

@@ -42,17 +42,19 @@ inline void streamed() {}
 #endif
 
 // A vector of elements at a place of its own size.
-template <class R> struct Past : Whole<R> {
-  void write(R *p, V<R> v) const { stream(p, v); }
-  void write(bf16 *p, floats v) const { stream(p, narrowed(v)); }
+template <class E> struct Past : Whole<E> {
+  template <class T> void write(T *p, V<E> v) const {
+    if constexpr (STREAMS && std::is_same_v<T, bf16>) stream(p, narrowed(v));
+    else stream(p, v);
+  }
 };
 
 // The first elements of a vector, in a line that is put together so many bytes away.
-template <class R> struct Begun : Part<R> {
+template <class E> struct Begun : Part<E> {
   std::ptrdiff_t away;
-  Begun(i64 count, std::ptrdiff_t bytes) : Part<R>{count}, away(bytes) {}
-  template <class T> void write(T *p, V<R> v) const {
-    Part<R>::write(reinterpret_cast<T *>(reinterpret_cast<std::uintptr_t>(p) + away), v);
+  Begun(i64 count, std::ptrdiff_t bytes) : Part<E>{count}, away(bytes) {}
+  template <class T> void write(T *p, V<E> v) const {
+    Part<E>::write(reinterpret_cast<T *>(reinterpret_cast<std::uintptr_t>(p) + away), v);
   }
 };
 
@@ -64,13 +66,13 @@ class Out {
   alignas(LINE) unsigned char room[LINE] = {};
 
   // f for the elements i .. end of one line, into `room`
-  template <class R, class T, class F> void begin(T *y, i64 i, i64 end, F &f) {
+  template <class E, class T, class F> void begin(T *y, i64 i, i64 end, F &f) {
     const auto first = reinterpret_cast<std::uintptr_t>(y + i);
     const i64 off = i64(first % LINE);
     if (first - off != line || to != off) close(), line = first - off, from = off;
     to = off + (end - i) * i64(sizeof(T));
     const auto away = std::ptrdiff_t(reinterpret_cast<std::uintptr_t>(room) - line);
-    for (; i < end; i += LANES<R>) f(i, Begun<R>(std::min(end - i, LANES<R>), away));
+    for (; i < end; i += LANES<E>) f(i, Begun<E>(std::min(end - i, LANES<E>), away));
     if (to == LINE) close();
   }
   void close() {
@@ -97,20 +99,20 @@ public:
   }
 
   // f(i, at) for the vectors of n elements, as `sweep` has it; f writes to y + i and nowhere else.
-  template <class R, class T, class F> void sweep_to(T *y, i64 n, F f) {
-    if constexpr (sizeof(R) == 4) { // few have doubles, and kernels are many
+  template <class E, class T, class F> void sweep_to(T *y, i64 n, F f) {
+    if constexpr (sizeof(typename Math<E>::type) == 4) { // few have doubles, and kernels are many
       constexpr i64 whole = LINE / i64(sizeof(T));
       const i64 off = i64(reinterpret_cast<std::uintptr_t>(y) % LINE) / i64(sizeof(T));
       i64 i = 0;
       if (past) {
-        if (off) begin<R>(y, 0, i = std::min(n, whole - off), f);
+        if (off) begin<E>(y, 0, i = std::min(n, whole - off), f);
         for (; i + whole <= n; i += whole)
-          for (i64 j = 0; j < whole; j += LANES<R>) f(i + j, Past<R>{});
-        if (i < n) begin<R>(y, i, n, f);
+          for (i64 j = 0; j < whole; j += LANES<E>) f(i + j, Past<E>{});
+        if (i < n) begin<E>(y, i, n, f);
         return;
       }
     }
-    sweep<R>(n, f);
+    sweep<E>(n, f);
   }
 };
 
