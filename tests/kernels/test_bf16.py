@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import normlab as nl
+from kernels.kernel_cases import same_with_threads
 
 # bfloat16 has 8 significant bits, so rounding to the nearest changes a number by at most 2⁻⁸ of it.
 ROUNDING = 2.0**-8
@@ -109,7 +110,7 @@ def test_means_far_from_zero(deviations, order):
 
 
 def test_one_area_far_from_zero_among_others():
-    """Whichever it is: means of all channels decide together, in the order that vectors have them."""
+    """Whichever it is: all channels decide together, in the order that vectors have them."""
     for channel in range(35):
         layer, x, dy = problem("instance", {}, (2, 35, 5, 7))
         x[:, channel] = (1 + x[:, channel].float() / 64).bfloat16()
@@ -117,6 +118,52 @@ def test_one_area_far_from_zero_among_others():
         exact = results(copy.deepcopy(layer).double(), x.double(), dy.double(), "reference")
         found = results(layer, x, dy)
         assert all(units(found[key], value) <= 1 for key, value in exact.items()), channel
+
+
+@pytest.mark.parametrize("scale", [1e-21, 1e-19, 1e30, 2e37])
+def test_elements_tiny_and_huge(scale):
+    """Squares that are no normal numbers, or larger than any, are none of a variance's."""
+    for name in ("batch", "instance", "layer", "group", "position", "rms", "filter_response"):
+        options = {"eps": 1e-44} if scale < 1 else {}
+        layer, x, dy = problem(name, options, (6, 64, 9, 8))
+        x = (x.float() * scale if scale < 1 else torch.full_like(x, scale)).bfloat16()
+        if scale > 1 and name in ("rms", "filter_response"):
+            continue  # squares about zero overflow float32
+        for order in ("first", "columns"):
+            z, g = arranged(x, order), arranged(dy, order)
+            with nl.kernels.backend("reference"), torch.no_grad():
+                exact = copy.deepcopy(layer).double()(z.double())
+            # ε, and squares of 1e-21, are subnormal in float32: 2 of their bits are lost.
+            unit = ROUNDING * exact.abs() + 2.0**-8 * exact.abs().max()
+            with torch.no_grad():
+                assert ((layer(z).double() - exact).abs() <= unit).all(), (name, order)
+
+
+def test_a_gradient_within_the_storage_of_the_input():
+    """It begins where the input begins, with other strides."""
+    storage = problem("batch", {}, (64, 64))[1]
+    x, dy = storage.view(32, 128)[:, :64], storage[:32]
+    layer = problem("batch", {}, (64, 64))[0]
+    for g, keys in ((dy, ("y", "x", "weight", "bias")), (x[:1].expand_as(x), ("bias",))):
+        exact = results(copy.deepcopy(layer).double(), x.double(), g.double(), "reference")
+        found = results(layer, x, g)
+        assert all(units(found[key], exact[key]) <= 1 for key in keys)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing_beside_a_mean_far_from_zero(threads):
+    """How channels are shared out among threads, no sum depends on."""
+
+    def found():
+        tensors = []
+        for name, options in (("batch", {}), ("ghost_batch", {"batch_size": 3}), ("group", {})):
+            layer, x, dy = problem(name, options, (6, 64, 40, 33))
+            x[:, 0] += 20
+            x[:, 5] -= 9
+            tensors += results(layer, x, dy).values()
+        return tensors
+
+    same_with_threads(found, threads)
 
 
 def test_torch_operations_in_bfloat16_are_not():

@@ -76,18 +76,18 @@ template <class T> i64 block_channels(const Shape &s) {
 
 // Working memory for a block of channels.
 template <class R> struct Room {
-  i64 padded;         // channels, rounded up to whole vectors
-  bool dots = false;  // whether second sums of the gradient are of g x, and not yet of g (x - mu)
+  i64 padded;         // channels, as many as fill vectors of any elements: those of bf16 are longest
   Lines<R> l;         // coefficients of each channel
   R *shift, *origin;  // of each channel and of each area, about which moments are taken
   R *lanes;           // sums in R
   double *s[3];       // sums of each run or channel, one kind after the other
   double *mean, *moment, *inverse; // of each area
+  std::vector<char> dots; // whether second sums of the gradient are of g x, and not yet of g (x - mu)
   R *kept = nullptr;               // slopes of each element, if there is room for any
 
   // Of sums, so many for each channel and so many beside.
   Room(i64 channels, i64 kinds, i64 more, i64 slopes = 0)
-      : padded(in_vectors<bf16>(channels)) { // of which others are parts
+      : padded(in_vectors<bf16>(channels)), dots(std::size_t(channels)) {
     constexpr i64 line = 64 / i64(sizeof(R));
     const i64 sums = (kinds * padded + more + line - 1) / line * line;
     short_ = Zeros<R>(10 * padded + sums + slopes);
@@ -119,22 +119,20 @@ template <class F> inline void each_channel(i64 areas, i64 bc, F f) {
     for (i64 j = 0; j < bc; j++) f(g * bc + j, g);
 }
 
-// The number about which moments are first taken: an element, or 0 where that takes less.
-template <class T, class R> inline R first_origin(const Job<T, R> &job, i64 at) {
-  return job.op.uses_mean() && !DOTTED<T> ? R(load(job.x, at)) : R(0);
-}
-
-// Whether sums of g x serve for those of g (x - mu): means are within 4 deviations, so that few
-// digits cancel.
-template <class T, class R> inline bool near_zero(const Job<T, R> &job, i64 areas, const Room<R> &room) {
-  if (!DOTTED<T> || !job.op.shift) return DOTTED<T>;
-  bool near = true;
+// Where sums of g x serve for those of g (x - mu): where means are within 4 deviations, so that few
+// digits cancel, and these no tiny numbers; of areas together, where all are so.
+template <class T, class R>
+inline void choose_sums(const Job<T, R> &job, i64 areas, bool together, Room<R> &room) {
+  if (!DOTTED<T>) return;
+  bool all = true;
   for (i64 g = 0; g < areas; g++) {
-    const double square = room.mean[g] * room.mean[g];
-    const double variance = room.moment[g] - (job.op.about_mean ? 0.0 : square);
-    near &= square == 0 || (job.op.scale && square <= 16 * variance);
+    const double mean = job.op.shift ? room.mean[g] : 0.0, square = mean * mean;
+    const double about_zero = job.op.about_mean ? 0.0 : square;
+    const bool near = room.moment[g] - about_zero >= std::max(square / 16, 0x1p-100);
+    room.dots[g] = near && job.op.scale;
+    all &= room.dots[g] != 0;
   }
-  return near;
+  if (together) std::fill(room.dots.begin(), room.dots.begin() + areas, all);
 }
 
 template <class R> inline void invert(const Op &op, i64 areas, Room<R> &room) {
@@ -169,16 +167,21 @@ bool settle(const Job<T, R> &job, i64 first, i64 areas, i64 each, bool second, R
     for (i64 g = 0; g < areas; g++) {
       double delta = s0[g] / count, square = s1[g] - delta * s0[g];
       mean[g] = double(origin[g]) + delta;
-      poor += cancels(s0[g], s1[g], count);
+      poor += cancels(s0[g], s1[g], count) | lost<T>(s0[g], s1[g], count);
       square = square < 0.0 ? 0.0 : square;
       moment[g] = square / count + about_zero * mean[g] * mean[g];
     }
     if (poor && !second) {
       for (i64 g = 0; g < areas; g++)
-        if (cancels(s0[g], s1[g], count)) origin[g] = R(mean[g]);
+        if (lost<T>(s0[g], s1[g], count)) origin[g] = next_origin<R>(mean[g]);
+        else if (cancels(s0[g], s1[g], count)) origin[g] = R(mean[g]);
       return true;
     }
   } else {
+    bool again = false;
+    for (i64 g = 0; g < areas && !second; g++)
+      if (lost<T>(s0[g], s1[g], count)) again = true, origin[g] = next_origin<R>(0);
+    if (again) return true;
 #pragma omp simd
     for (i64 g = 0; g < areas; g++) mean[g] = 0.0, moment[g] = s1[g] / count;
   }
@@ -237,8 +240,8 @@ void slopes(const Job<T, R> &job, i64 c0, i64 areas, i64 first, Room<R> &room) {
   const R *gamma = job.gamma + c0;
   double *s0 = room.s[0], *s1 = room.s[1], *h0 = room.weighted[0], *h1 = room.weighted[1];
   const double *mean = room.mean, *moment = room.moment, *inverse = room.inverse;
-  if (room.dots && op.shift)
-    each_channel(areas, bc, [&](i64 c, i64 g) { s1[c] -= mean[g] * s0[c]; });
+  if (DOTTED<T> && op.shift)
+    each_channel(areas, bc, [&](i64 c, i64 g) { s1[c] -= room.dots[g] ? mean[g] * s0[c] : 0.0; });
   each_channel(areas, bc, [&](i64 c, i64 g) { s1[c] *= inverse[g]; });
   double *s2 = room.s[2];
   if (op.gated) each_channel(areas, bc, [&](i64 c, i64 g) { s2[c] *= double(gamma[c]) * inverse[g]; });

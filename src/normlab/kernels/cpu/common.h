@@ -205,7 +205,7 @@ template <class T, class F> inline void row_by_row(i64 rows, i64 c, F f, i64 mos
 // holds along with the same of a second tensor.
 template <class T, class F> inline void tile_by_tile(i64 rows, i64 c, F f) {
   constexpr i64 most = 16, bytes = 8 << 10;
-  const i64 tile = std::max<i64>(1, std::min(most, bytes / (c * i64(sizeof(T)))));
+  const i64 tile = std::max<i64>(1, std::min(most, bytes / std::max<i64>(1, c * i64(sizeof(T)))));
   for (i64 r = 0; r < rows; r += tile) f(r, std::min(tile, rows - r));
 }
 

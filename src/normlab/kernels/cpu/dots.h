@@ -7,7 +7,7 @@
 
 namespace {
 
-#if defined(__AVX512BF16__)
+#if NORMLAB_DOTS
 template <class T> constexpr bool DOTTED = std::is_same_v<T, bf16>;
 
 inline floats dot(floats sum, words a, words b) {
@@ -35,7 +35,8 @@ inline Pairs pairs(words upper, words lower) {
   return {picked(even), picked(odd)};
 }
 
-// Sums of w and w x, or of x and x^2 where w is x; products of bf16 are exact in float.
+// Sums of w and w x, or of x and x^2 where w is x. Products of bf16 are exact in float, but those that
+// are no normal numbers count as 0, as do factors.
 inline void run_dots(const bf16 *x, const bf16 *w, i64 n, float *sums) {
   const words one = words{} + 0x3f803f80u; // two ones
   floats s0 = take<float>(sums), q0 = take<float>(sums + LANES<float>), s1{}, q1{};
@@ -54,6 +55,7 @@ inline void run_dots(const bf16 *x, const bf16 *w, i64 n, float *sums) {
 inline void matrix_dots(const bf16 *x, i64 xp, const bf16 *w, i64 wp, i64 rows, i64 c, float *s0,
                         float *s1) {
   const words one = words{} + 0x3f803f80u;
+  const bool same = w == x && wp == xp;
   tile_by_tile<bf16>(rows, c, [&](i64 r, i64 count) {
     for (i64 j = 0; j < c; j += LANES<bf16>) {
       const i64 live = c - j;
@@ -62,9 +64,9 @@ inline void matrix_dots(const bf16 *x, i64 xp, const bf16 *w, i64 wp, i64 rows, 
         const i64 other = i + 1 < r + count ? live : 0; // no row, or one more
         const bf16 *a = x + i * xp + j, *b = w + i * wp + j;
         soon(a + count * xp), soon(a + (count + 1) * xp);
-        if (w != x) soon(b + count * wp), soon(b + (count + 1) * wp);
+        if (!same) soon(b + count * wp), soon(b + (count + 1) * wp);
         const Pairs v = pairs(bits(a, live), bits(a + xp, other));
-        const Pairs u = w == x ? v : pairs(bits(b, live), bits(b + wp, other));
+        const Pairs u = same ? v : pairs(bits(b, live), bits(b + wp, other));
         s = {dot(s.even, u.even, one), dot(s.odd, u.odd, one)};
         q = {dot(q.even, u.even, v.even), dot(q.odd, u.odd, v.odd)};
       }
@@ -75,6 +77,21 @@ inline void matrix_dots(const bf16 *x, i64 xp, const bf16 *w, i64 wp, i64 rows, 
 #else
 template <class T> constexpr bool DOTTED = false;
 #endif
+
+// The number about which moments are first taken: an element, or 0 where products of pairs serve, and
+// squares do not overflow.
+template <class T> inline auto first_origin(const T *x, i64 at) {
+  const auto element = load(x, at);
+  return DOTTED<T> && std::fabs(element) < 0x1p50f ? 0 : element;
+}
+// Whether squares, of which products of pairs may have lost some, are so small that they are taken
+// again; and about what, then: any number but 0.
+template <class T> inline bool lost(double sum, double squares, double count) {
+  return DOTTED<T> && squares < count * 0x1p-100 && (squares != 0 || sum != 0);
+}
+template <class R> inline R next_origin(double mean) {
+  return R(mean) != R(0) ? R(mean) : std::numeric_limits<R>::min();
+}
 
 // Sums of z and z^2, z = x - shift.
 template <class T, class R> inline void run_moments(const T *x, i64 n, R shift, R *sums) {

@@ -32,8 +32,8 @@ template <class E, class T> bool streamed(const Call &k, const void *result, i64
          whole_lines(to, k.yn | (k.columns ? k.bc | k.yp : k.p | k.yc));
 }
 
-// With vectors V<E>: of the elements, or over rows that do not begin with lines of memory, and are no
-// columns, of one register.
+// With vectors V<E>: E is T, but R over rows that do not begin with lines of memory, where vectors of two
+// registers would cross them. What the two find differs in the last bits.
 template <class T, class R, class E> struct Job {
   const Call &k;
   bool columns() const { return std::is_same_v<E, T> && k.columns; }
@@ -93,7 +93,7 @@ inline i64 units_of(const Call &k, i64 wide) {
 // dx = h * p1 - (x - mub) * q - r with h = gamma * dL/du: see closed_form.py.
 enum { MU, INVERSE, REST, P1, MUB, Q, R0, SUM, SQUARE, ROOM };
 
-// Numbers for each position of the tile, over rows where vectors V<E> take them.
+// Numbers for each position of the tile; over rows, where vectors V<E> take them.
 template <class R> struct Tile {
   i64 width;
   Zeros<R> room;
@@ -182,7 +182,7 @@ void given_tile(const Job<T, R, E> &job, const Unit &u, Tile<R> &t) {
   std::fill(inverse + u.width, inverse + t.width, R(0));
   if (k.scale)
     for (i64 i = 0; i < u.width; i++) inverse[i] = R(1.0 / std::sqrt(double(inverse[i]) + k.eps));
-  if (!k.columns) t.template arranged<E>({MU, INVERSE, REST});
+  if (!job.columns()) t.template arranged<E>({MU, INVERSE, REST});
 }
 
 // Moments are those about the first channel, or about 0 where that takes less, in one pass; where that
@@ -196,21 +196,24 @@ void measured_tile(const Job<T, R, E> &job, const Unit &u, Tile<R> &t) {
   R *origin = rest; // whose place is free, one after the other
   const auto measured = [&] {
     std::copy(origin, origin + t.width, mu);
-    if (!k.columns) t.template arranged<E>({MU});
+    if (!job.columns()) t.template arranged<E>({MU});
     square_tile<E>(k, x, t, u.width);
   };
   std::fill(origin, origin + t.width, R(0));
-  if (job.centred && !DOTTED<E>)
-    for (i64 i = 0; i < u.width; i++) origin[i] = load(x, i * k.xp);
+  if (job.centred)
+    for (i64 i = 0; i < u.width; i++)
+      origin[i] = DOTTED<E> ? first_origin(x, i * k.xp) : load(x, i * k.xp);
   measured();
-  if (job.centred) {
-    int poor = 0;
-    for (i64 i = 0; i < u.width; i++) poor += cancels(sum[i], squares[i], m);
-    if (poor) {
-      for (i64 i = 0; i < u.width; i++)
-        if (cancels(sum[i], squares[i], m)) origin[i] = R(double(origin[i]) + sum[i] / m);
-      measured();
+  int poor = 0;
+  for (i64 i = 0; i < u.width; i++)
+    poor += (job.centred & cancels(sum[i], squares[i], m)) | lost<E>(sum[i], squares[i], m);
+  if (poor) {
+    for (i64 i = 0; i < u.width; i++) {
+      const double mean = job.centred ? double(origin[i]) + sum[i] / m : 0.0;
+      if (lost<E>(sum[i], squares[i], m)) origin[i] = next_origin<R>(mean);
+      else if (job.centred && cancels(sum[i], squares[i], m)) origin[i] = R(mean);
     }
+    measured();
   }
   double about_zero = k.about_mean ? 0.0 : 1.0;
   if (job.centred) { // the mean is in `sum` from here on, and the moment in `squares`
@@ -237,7 +240,7 @@ void measured_tile(const Job<T, R, E> &job, const Unit &u, Tile<R> &t) {
     rest[i] = R(left != 0 ? left * squares[i] : 0.0); // 1/D may be infinite
     inverse[i] = R(squares[i]);
   }
-  if (!k.columns) t.template arranged<E>({MU, INVERSE, REST});
+  if (!job.columns()) t.template arranged<E>({MU, INVERSE, REST});
 }
 
 // Coefficients of the gradient, from the sums of h and of h * x-hat.
@@ -262,14 +265,14 @@ void slope_tile(const Job<T, R, E> &job, const Unit &u, Tile<R> &t) {
       k.deps[u.at + i * k.mp] = -sum_x[i] / (2 * (double(mub[i]) + k.eps));
   for (i64 i = 0; i < u.width; i++)
     mub[i] = k.about_mean && job.centred ? job.means[u.at + i * k.mp] : R(0);
-  if (!k.columns) t.template arranged<E>({P1, MUB, Q, R0});
+  if (!job.columns()) t.template arranged<E>({P1, MUB, Q, R0});
 }
 
 // f(row, count) for all rows of channels, four at a time where vectors are of two registers: more is
 // read of each position then than of the rows.
 template <class E, class F> inline void rows_of(i64 bc, F f) {
   i64 c = 0;
-  if (PAIRED<V<E>>)
+  if constexpr (PAIRED<V<E>>)
     for (; c + 4 <= bc; c += 4) f(c, std::integral_constant<int, 4>{});
   for (; c < bc; c++) f(c, std::integral_constant<int, 1>{});
 }
@@ -455,7 +458,7 @@ void sums_tile(const Job<T, R, E> &job, const Unit &u, Tile<R> &t, R *sums, R *s
     std::fill(part, part + t.width, R(0));
     std::fill(part_x, part_x + t.width, R(0));
     i64 c = from;
-    if (PAIRED<V<E>>)
+    if constexpr (PAIRED<V<E>>)
       for (; c + 4 <= to; c += 4) sums_at_positions<A, 4>(job, u, t, c, into);
     for (; c < to; c++) sums_at_positions<A, 1>(job, u, t, c, into);
     for (i64 i = 0; i < u.width; i++)

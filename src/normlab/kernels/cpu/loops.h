@@ -93,10 +93,10 @@ inline void run_gradient(const T *x, const T *dy, const T *r, const R *kept, T *
 // --- matrices: a line each column ---------------------------------------------------------------
 
 template <class T, class R>
-inline void matrix_moments(const T *x, i64 xp, i64 rows, i64 c, const R *shift, R *s0, R *s1) {
+inline void matrix_moments(const T *x, i64 xp, i64 rows, i64 c, const R *shift, R *s0, R *s1,
+                           bool dots) { // which all shifts are 0 for
   if constexpr (DOTTED<T>)
-    if (std::all_of(shift, shift + in_vectors<T>(c), [](R s) { return s == 0; }))
-      return matrix_dots(x, xp, x, xp, rows, c, s0, s1);
+    if (dots) return matrix_dots(x, xp, x, xp, rows, c, s0, s1);
   row_by_row<T>(rows, c, [&](i64 r, auto count) {
     sweep<T>(c, [&](i64 j, auto at) {
       V<T> k = take<T>(shift + j), s = take<T>(s0 + j), q = take<T>(s1 + j);
@@ -131,7 +131,8 @@ inline void matrix_sums(const T *x, i64 xp, const T *dy, i64 gp, const T *more, 
                         i64 rows, i64 c, Lines<R> l, R *s0, R *s1, R *s2, bool dots) {
   if constexpr (DOTTED<T> && STRAIGHT<A>)
     if (dots) return matrix_dots(x, xp, dy, gp, rows, c, s0, s1);
-  constexpr bool tiles = dear(A) || PAIRED<V<T>>; // else memory takes longer than what tiles save
+  // Elsewhere loops wait for memory, which is read faster row by row.
+  constexpr bool tiles = dear(A) || PAIRED<V<T>>;
   const auto sum = [&](i64 r, auto count) {
     sweep<T>(c, [&](i64 j, auto at) {
       V<T> mu = take<T>(l.mu + j), a = take<T>(l.a + j), b = take<T>(l.b + j);

@@ -20,7 +20,7 @@ template <class X> struct Coefficients {
 
 // Curves. `terms` leaves what one element, with g = dL/dy, adds to each coefficient's sum, and
 // `finish` makes the coefficients' gradients of the sums of a map; `through` is dy f'(x). X is a
-// vector of elements.
+// register of elements.
 
 // y = (x - mu) a + b
 struct Line {

@@ -13,8 +13,8 @@
 // or with x sigmoid(tau x) for x - s mu.
 // No torch or Python headers: plain C entry points at the end, called through ctypes.
 //
-// Moments are sums of z and z^2, z = x - shift, in one pass, with an element of the area as shift;
-// where that lies so far from the mean that digits cancel, in a second pass about the mean. Sums in
+// Moments are sums of z and z^2, z = x - shift, in one pass, with an element of the area as shift, or 0
+// (dots.h); where that lies so far from the mean that digits cancel, in a second pass about the mean. Sums in
 // R stay short and go to double in an order that the shape alone gives: results do not depend on
 // the number of threads. Working memory is taken before threads start, who could not throw.
 
@@ -59,7 +59,8 @@ void measure_rows(const Job<T, R> &job, i64 n0, i64 c0, i64 width, i64 first, Ro
   // Channels that lie one after the other, and belong to one area, are one run.
   const i64 channels = job.xs.c == s.p ? s.bc : 1, areas = width / s.bc, each = s.bc / channels;
   for (i64 g = 0; g < areas; g++)
-    room.origin[g] = first_origin(job, job.xs.row(n0, c0 + g * s.bc));
+    room.origin[g] =
+        job.op.uses_mean() ? first_origin(job.x, job.xs.row(n0, c0 + g * s.bc)) : R(0);
   for (bool again = true, second = false; again; second = true) {
     walk_rows(s, n0, width / channels, channels, room, 2,
               [&](i64 r, i64 n, i64 from, i64 count, R *lanes) {
@@ -148,12 +149,12 @@ void backward_rows(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) {
     const i64 first = s.area(n0, c0), areas = width / s.bc;
     given(job, first, areas, room);
     lines(job, c0, areas, room);
-    room.dots = near_zero(job, areas, room) && STRAIGHT<A>;
+    if (STRAIGHT<A>) choose_sums(job, areas, false, room);
     walk_rows(s, n0, width, 1, room, 3, [&](i64 j, i64 n, i64 from, i64 count, R *lanes) {
       run_sums<A, T, R>(job.x + job.xs.row(n, c0 + j) + from, dy + job.gs.row(n, c0 + j) + from,
                         along<A>(job.r, job.ys.row(n, c0 + j) + from),
                         room.kept ? room.kept + j * s.p + from : nullptr, count, room.l, j, lanes,
-                        room.dots);
+                        room.dots[j / s.bc]);
     });
     slopes(job, c0, areas, first, room);
     totals.add(bundle, c0, width, room.s);
@@ -216,10 +217,11 @@ void measure_columns(const Job<T, R> &job, i64 n0, i64 first, i64 rows, Room<R> 
                      const R *shift, double *sums) {
   const Shape &s = job.s;
   R *to = room.lanes;
+  const bool dots = DOTTED<T> && std::all_of(shift, shift + room.padded, [](R v) { return v == 0; });
   walk_columns<T>(rows, s.c, room, 2, sums, [&](i64 from, i64 count) {
     runs(s, whole(s, job.xs), n0, first + from, count, [&](i64 n, i64 p, i64 k) {
       const T *x = job.x + job.xs.column(n, p);
-      matrix_moments<T, R>(x, job.xs.p, k, s.c, shift, to, to + room.padded);
+      matrix_moments<T, R>(x, job.xs.p, k, s.c, shift, to, to + room.padded, dots);
     });
   });
 }
@@ -266,7 +268,7 @@ void gradient_columns(const Job<T, R> &job, const T *dy, T *dx, i64 n0, i64 firs
 
 template <class T, class R> void shifts(const Job<T, R> &job, i64 n, Room<R> &room) {
   for (i64 g = 0; g < job.s.groups(); g++)
-    room.origin[g] = first_origin(job, n * job.xs.n + g * job.s.bc);
+    room.origin[g] = job.op.uses_mean() ? first_origin(job.x, n * job.xs.n + g * job.s.bc) : R(0);
 }
 template <class T, class R> void spread_shifts(const Shape &s, Room<R> &room) {
   for (i64 c = 0; c < s.c; c++) room.shift[place<T>(c)] = room.origin[c / s.bc];
@@ -378,8 +380,8 @@ void backward_columns(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) 
       given(job, n * groups, groups, room);
       lines(job, 0, groups, room);
       arrange_lines<T>(room.l, room.padded);
-      room.dots = near_zero(job, groups, room) && STRAIGHT<A>;
-      sums_columns<A>(job, dy, n, 0, s.p, room, room.l, room.dots, room.s[0]);
+      if (STRAIGHT<A>) choose_sums(job, groups, true, room);
+      sums_columns<A>(job, dy, n, 0, s.p, room, room.l, room.dots[0], room.s[0]);
       slopes(job, 0, groups, n * groups, room);
       arrange_slopes<T>(room.l, room.padded);
       totals.add(bundle, 0, c, room.s);
@@ -396,10 +398,10 @@ void backward_columns(const Job<T, R> &job, const T *dy, T *dx, Totals &totals) 
     given(job, block * groups, groups, common);
     lines(job, 0, groups, common);
     arrange_lines<T>(common.l, common.padded);
-    common.dots = near_zero(job, groups, common) && STRAIGHT<A>;
+    if (STRAIGHT<A>) choose_sums(job, groups, true, common);
     share(pieces.parts, [&](i64 i) {
       sums_columns<A>(job, dy, n0, pieces.from(i), pieces.count(i), rooms[omp_get_thread_num()],
-                      common.l, common.dots, found.data() + i * 3 * c);
+                      common.l, common.dots[0], found.data() + i * 3 * c);
     });
     gather(found, pieces.parts, 3, c, common);
     slopes(job, 0, groups, block * groups, common);

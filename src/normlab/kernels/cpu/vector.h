@@ -26,6 +26,11 @@
 #else
 #define NORMLAB_PAIRS 0
 #endif
+#if NORMLAB_PAIRS && NORMLAB_MASKS && defined(__AVX512BF16__)
+#define NORMLAB_DOTS 1 // bf16 is rounded to, and pairs of it multiplied and added, by one instruction
+#else
+#define NORMLAB_DOTS 0
+#endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #endif
@@ -132,7 +137,7 @@ template <class E> inline V<E> all(typename Math<E>::type v) {
   return alike<E>(v - V<R>{});
 }
 
-// Where number i of some that vectors are taken from, and put to, register after register, stands.
+// Index at which number i stands in an array that is taken, and put, a register at a time.
 template <class E> constexpr i64 place(i64 i) {
   constexpr i64 lanes = LANES<E>;
   return PAIRED<V<E>> ? i / lanes * lanes + i % lanes / 2 + i % 2 * (lanes / 2) : i;
@@ -176,7 +181,7 @@ inline words nearest(floats v) {
   return v == v ? nearest : words{} + 0x7fc00000u;
 }
 inline halves narrowed(floats v) {
-#if defined(__AVX512BF16__)
+#if NORMLAB_DOTS
   return same_bits<halves>(_mm512_cvtneps_pbh(same_bits<__m512>(v))); // subnormal numbers become 0
 #else
   return __builtin_convertvector(nearest(v) >> 16, halves);
@@ -188,7 +193,7 @@ inline Two widened(words w) {
   return {same_bits<floats>(w << 16), same_bits<floats>(w & 0xffff0000u)};
 }
 inline words narrowed(Two v) {
-#if defined(__AVX512BF16__)
+#if NORMLAB_DOTS
   alignas(64) static constexpr std::uint16_t in_turn[32] = {
       0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
