@@ -112,7 +112,7 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
 int main() {
   std::mt19937 r(1);
   float nan = std::nanf(""), bad[] = {nan, INFINITY, -INFINITY, -3e38f, 3e38f};
-  for (float u : bad) std::printf("%g ", double(activate<SILU, floats>(floats{} + u, floats{})[0]));
+  for (float u : bad) std::printf("%g ", double(activate<SILU>(floats{} + u, floats{})[0]));
   for (int i = 0; i < 250; i++)
     if (once<float, float>(r, 0) | once<double, double>(r, 1) | once<bf16, float>(r, 2)) return 3;
   Call none{};
@@ -211,7 +211,7 @@ template <class T, class R> int once(std::mt19937 &r, int dtype) {
 int main() {
   std::mt19937 r(1);
   float nan = std::nanf(""), bad[] = {nan, INFINITY, -INFINITY, -3e38f, 3e38f, 0.0f, -0.0f};
-  for (float u : bad) std::printf("%g ", double(over_sigmoid<floats>(floats{} + u)[0]));
+  for (float u : bad) std::printf("%g ", double(over_sigmoid(floats{} + u)[0]));
   for (int i = 0; i < 250; i++)
     if (once<float, float>(r, 0) | once<double, double>(r, 1) | once<bf16, float>(r, 2)) return 3;
   Maps none{};
