@@ -192,7 +192,7 @@ void sum_row(const T *x, const T *dy, i64 p, const Numbers<R> &of, double *sums)
 // dx, with what flows through the moments.
 template <class F, class X>
 inline X gradient_of(X x, X g, const Coefficients<X> &q, X minus_k, X h) {
-  return less_through(through_of<F>(x, g, q) + h, x - q.mu, minus_k);
+  return through_of<F>(x, g, q) + less_through(h, x - q.mu, minus_k);
 }
 
 template <class F, class T, class R>
